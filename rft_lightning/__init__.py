@@ -1,0 +1,1 @@
+"""Visual reinforcement fine-tuning as PyTorch Lightning modules with a dataset zoo."""

@@ -1,0 +1,342 @@
+"""The typed things that move between rooms: from an annotated picture to a scored answer.
+
+Boxes of targets and answers are float64 xyxy in pixels of the original image; what a model writes is bridged by
+:class:`rft_lightning.frames.CoordinateFrame` and nowhere else.
+
+Shape legend: B prompts, G completions per prompt, P prompt tokens, C completion tokens, K boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rft_lightning.errors import DatasetNotFoundError
+
+if TYPE_CHECKING:
+    from rft_lightning.frames import CoordinateFrame
+    from rft_lightning.tasks.base import Task
+
+BoxesLike = Tensor | Sequence[Sequence[float]] | Sequence[float]
+
+
+def as_boxes(boxes: BoxesLike | None) -> Tensor:
+    """Any box list (or one bare box of 4 numbers, or None) as a float64 tensor [K, 4].
+
+    Raises:
+        ValueError: the numbers do not form boxes of four.
+    """
+    if boxes is None:
+        return torch.zeros(0, 4, dtype=torch.float64)
+    tensor = torch.as_tensor(boxes, dtype=torch.float64)
+    if tensor.numel() == 0:
+        return tensor.new_zeros(0, 4)
+    if tensor.ndim == 1:
+        tensor = tensor[None]
+    if tensor.ndim != 2 or tensor.shape[1] != 4:
+        raise ValueError(f"Expected boxes of shape [K, 4] (x1, y1, x2, y2 in pixels), found {list(tensor.shape)}.")
+    return tensor
+
+
+@dataclass
+class ClassTarget:
+    """The right class of a picture.
+
+    Attributes:
+        label: the class name, as the data set spells it.
+        aliases: other spellings that count as right under the strict rules.
+        image_size: (width, height) of the original image in pixels; not needed by classification rewards.
+        solution_text: the answer as the published data writes it; only ``rules: published_code`` reads it.
+    """
+
+    label: str
+    aliases: tuple[str, ...] = ()
+    image_size: tuple[int, int] | None = None
+    solution_text: str | None = None
+
+
+@dataclass
+class DetectionTarget:
+    """All boxes of one category in a picture; no boxes means the category is absent.
+
+    Attributes:
+        boxes: [K, 4] float64 xyxy in pixels of the original image.
+        category: name of the category that the question asks for.
+        category_id: the data set's own id of the category, for results files.
+        areas: [K] object areas in square pixels (COCO's ``area``: mask area); box areas when not given.
+        ignore_boxes: [K', 4] regions (crowds) where an answer is neither right nor wrong in evaluation; never in the
+            solution and never read by a reward.
+        ignore_areas: [K'] their areas.
+        image_size: (width, height) of the original image.
+        solution_text: the answer as the published data writes it; only ``rules: published_code`` reads it.
+    """
+
+    boxes: Tensor
+    category: str = ""
+    category_id: int = 0
+    areas: Tensor | None = None
+    ignore_boxes: Tensor | None = None
+    ignore_areas: Tensor | None = None
+    image_size: tuple[int, int] | None = None
+    solution_text: str | None = None
+
+    def __post_init__(self) -> None:
+        self.boxes, self.areas = _with_areas(self.boxes, self.areas)
+        self.ignore_boxes, self.ignore_areas = _with_areas(self.ignore_boxes, self.ignore_areas)
+
+
+@dataclass
+class GroundingTarget:
+    """The object an expression refers to.
+
+    Attributes:
+        boxes: [K, 4] float64 xyxy in pixels of the original image; the first one is the answer.
+        expression: the referring expression or instruction.
+        image_size: (width, height) of the original image.
+        solution_text: the answer as the published data writes it; only ``rules: published_code`` reads it.
+    """
+
+    boxes: Tensor
+    expression: str = ""
+    image_size: tuple[int, int] | None = None
+    solution_text: str | None = None
+
+    def __post_init__(self) -> None:
+        self.boxes = as_boxes(self.boxes)
+
+
+Target = ClassTarget | DetectionTarget | GroundingTarget
+
+
+@dataclass
+class Answer:
+    """What a completion says, in the unit of the targets.
+
+    Attributes:
+        text: the completion as written.
+        label: the text of the (first) answer block, stripped.
+        boxes: [K, 4] float64 xyxy in pixels of the original image, malformed ones left out.
+        confidences: [K] float64 in [0, 1]; 1 where the model gave none.
+        thought: the text of the think block, if any.
+        well_formed: exactly one think block followed by exactly one answer block and nothing else.
+        no_objects: the answer states that there is nothing ("No Objects" or an empty list).
+        answer_blocks: number of answer blocks in the text.
+        problems: what was wrong with the text, in words; empty for a clean answer.
+    """
+
+    text: str = ""
+    label: str | None = None
+    boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4, dtype=torch.float64))
+    confidences: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    thought: str | None = None
+    well_formed: bool = False
+    no_objects: bool = False
+    answer_blocks: int = 1
+    problems: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.boxes = as_boxes(self.boxes)
+        confidences = torch.as_tensor(self.confidences, dtype=torch.float64).reshape(-1)
+        if len(confidences) == 0 and len(self.boxes) > 0:
+            confidences = torch.ones(len(self.boxes), dtype=torch.float64)
+        if len(confidences) != len(self.boxes):
+            raise ValueError(f"Expected one confidence per box, found {len(confidences)} for {len(self.boxes)} boxes.")
+        self.confidences = confidences
+
+    @property
+    def parsed(self) -> bool:
+        """Whether the answer could be read as one of its kind (boxes, "No Objects", or a label)."""
+        return len(self.boxes) > 0 or self.no_objects or bool(self.label and not self.problems)
+
+
+@dataclass
+class Sample:
+    """One question about one picture.
+
+    Attributes:
+        id: unique in its data set and stable over runs and machines; seeds the sampling noise.
+        image: the picture (RGB), or the path it is read from when it is needed.
+        target: the right answer, or None for unlabelled pictures.
+        task: how to ask, read and reward.
+        image_size: (width, height) of the original image in pixels.
+        image_id: id of the picture in its data set; several samples may share one picture.
+        question: the user turn without the image; the PromptEncoder asks the task for it when it is None.
+        occurrence: how often this sample already occurred in the same global rollout batch.
+    """
+
+    id: str
+    image: Image.Image | Path
+    target: Target | None
+    task: Task
+    image_size: tuple[int, int]
+    image_id: int | str = 0
+    question: str | None = None
+    occurrence: int = 0
+
+    def load_image(self) -> Image.Image:
+        """The picture as RGB, at its original size and without EXIF rotation (annotations do not apply it).
+
+        Raises:
+            DatasetNotFoundError: the file is gone or is no picture.
+        """
+        if isinstance(self.image, Image.Image):
+            return self.image.convert("RGB")
+        try:
+            with Image.open(self.image) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise DatasetNotFoundError(
+                f"Sample {self.id!r}: the image {self.image} cannot be read ({error}). "
+                "Restore the file or remove its annotation."
+            ) from error
+
+
+@dataclass
+class PromptBatch:
+    """B encoded prompts, left-padded, with the samples they come from.
+
+    Attributes:
+        input_ids: [B, P] token ids.
+        attention_mask: [B, P] 1 on tokens, 0 on the padding to the left.
+        vision: the processor's other tensors: ``pixel_values`` and ``image_grid_thw`` concatenated over images in the
+            order of the prompts, ``mm_token_type_ids`` [B, P].
+        image_counts: number of images of each prompt.
+        patch_counts: number of rows of ``pixel_values`` of each prompt.
+        samples: the B samples, questions and solution texts filled in.
+        frame: the frame in which the model writes coordinates.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    vision: dict[str, Tensor]
+    image_counts: list[int]
+    patch_counts: list[int]
+    samples: list[Sample]
+    frame: CoordinateFrame
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> PromptBatch:
+        """The same batch with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, **kwargs))
+
+    def pin_memory(self) -> PromptBatch:
+        """The same batch in page-locked memory (called by the DataLoader)."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Any) -> PromptBatch:
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            attention_mask=function(self.attention_mask),
+            vision={name: function(tensor) for name, tensor in self.vision.items()},
+        )
+
+    def select(self, start: int, stop: int) -> PromptBatch:
+        """Prompts `start` to `stop`, with the padding columns that none of them needs removed."""
+        mask = self.attention_mask[start:stop]
+        width = int(mask.sum(1).max()) if len(mask) else 0
+        columns = slice(mask.shape[1] - width, None)
+        patches = slice(sum(self.patch_counts[:start]), sum(self.patch_counts[:stop]))
+        images = slice(sum(self.image_counts[:start]), sum(self.image_counts[:stop]))
+        cuts = {"pixel_values": (patches,), "image_grid_thw": (images,)}
+        return replace(
+            self,
+            input_ids=self.input_ids[start:stop, columns],
+            attention_mask=mask[:, columns],
+            vision={k: v[cuts.get(k, (slice(start, stop), columns))] for k, v in self.vision.items()},
+            image_counts=self.image_counts[start:stop],
+            patch_counts=self.patch_counts[start:stop],
+            samples=self.samples[start:stop],
+        )
+
+    def chunks(self, size: int) -> list[PromptBatch]:
+        """The batch cut into pieces of at most `size` prompts."""
+        return [self.select(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+
+
+@dataclass
+class Rollouts:
+    """G sampled completions for each of B prompts.
+
+    Attributes:
+        prompts: the B prompts.
+        completion_ids: [B, G, C] sampled token ids, right-padded.
+        completion_mask: [B, G, C] True up to and including the end-of-sequence token.
+        texts: B lists of G decoded completions, special tokens left out.
+        truncated: [B, G] True where the length limit came before an end-of-sequence token.
+    """
+
+    prompts: PromptBatch
+    completion_ids: Tensor
+    completion_mask: Tensor
+    texts: list[list[str]]
+    truncated: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, start: int, stop: int) -> Rollouts:
+        """The groups of prompts `start` to `stop`, without the columns none of them needs."""
+        mask = self.completion_mask[start:stop]
+        width = max(1, int(mask.sum(-1).max())) if len(mask) else 0
+        return Rollouts(
+            self.prompts.select(start, stop),
+            self.completion_ids[start:stop, :, :width],
+            mask[..., :width],
+            self.texts[start:stop],
+            self.truncated[start:stop],
+        )
+
+
+@dataclass
+class Prediction:
+    """A completion on a validation, test or prediction sample, read and ready to be scored or written.
+
+    Attributes:
+        sample: the sample (its picture included, as an image or a path).
+        text: the completion as written.
+        answer: the completion as read.
+        index: which completion of the sample this is (0 for greedy decoding).
+    """
+
+    sample: Sample
+    text: str
+    answer: Answer
+    index: int = 0
+
+    @property
+    def target(self) -> Target | None:
+        """The sample's target."""
+        return self.sample.target
+
+
+def _with_areas(boxes: BoxesLike | None, areas: Any) -> tuple[Tensor, Tensor]:
+    boxes = as_boxes(boxes)
+    if areas is None:
+        return boxes, (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    areas = torch.as_tensor(areas, dtype=torch.float64).reshape(-1)
+    if len(areas) != len(boxes):
+        raise ValueError(f"Expected one area per box, found {len(areas)} for {len(boxes)} boxes.")
+    return boxes, areas
+
+
+__all__ = [
+    "Answer",
+    "ClassTarget",
+    "DetectionTarget",
+    "GroundingTarget",
+    "Prediction",
+    "PromptBatch",
+    "Rollouts",
+    "Sample",
+    "Target",
+    "as_boxes",
+]
