@@ -121,12 +121,16 @@ class Answer:
     Attributes:
         text: the completion as written.
         label: the text of the (first) answer block, stripped.
-        boxes: [K, 4] float64 xyxy in pixels of the original image, malformed ones left out.
+        boxes: [K, 4] float64 xyxy in pixels of the original image; entries that are no four numbers are left out, boxes
+            without area (x1 >= x2) are kept, since they are answers, and wrong ones.
         confidences: [K] float64 in [0, 1]; 1 where the model gave none.
         thought: the text of the think block, if any.
         well_formed: exactly one think block followed by exactly one answer block and nothing else.
-        no_objects: the answer states that there is nothing ("No Objects" or an empty list).
+        no_objects: the answer states that there is nothing ("No Objects" or an empty list); None means: it has no text
+            and no boxes.
         answer_blocks: number of answer blocks in the text.
+        parsed: the answer could be read as one of its kind (boxes, "No Objects", a label); None means: it has boxes,
+            states that there is nothing, or has a label without problems.
         problems: what was wrong with the text, in words; empty for a clean answer.
     """
 
@@ -136,8 +140,9 @@ class Answer:
     confidences: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     thought: str | None = None
     well_formed: bool = False
-    no_objects: bool = False
+    no_objects: bool | None = None
     answer_blocks: int = 1
+    parsed: bool | None = None
     problems: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -148,11 +153,10 @@ class Answer:
         if len(confidences) != len(self.boxes):
             raise ValueError(f"Expected one confidence per box, found {len(confidences)} for {len(self.boxes)} boxes.")
         self.confidences = confidences
-
-    @property
-    def parsed(self) -> bool:
-        """Whether the answer could be read as one of its kind (boxes, "No Objects", or a label)."""
-        return len(self.boxes) > 0 or self.no_objects or bool(self.label and not self.problems)
+        if self.no_objects is None:
+            self.no_objects = not self.text and self.label is None and len(self.boxes) == 0
+        if self.parsed is None:
+            self.parsed = len(self.boxes) > 0 or self.no_objects or bool(self.label and not self.problems)
 
 
 @dataclass

@@ -99,7 +99,8 @@ class Task(ABC):
 
 
 def read_text(text: str) -> tuple[Answer, list[list[float]], list[float]]:
-    """The part of reading that all tasks share: an Answer without boxes, and the boxes and confidences as written."""
+    """The part of reading that all tasks share: an Answer without boxes that is not yet called parsed, and the boxes and
+    confidences as written."""
     parsed = parse_answer(text)
     answer = Answer(
         text=text,
@@ -108,6 +109,7 @@ def read_text(text: str) -> tuple[Answer, list[list[float]], list[float]]:
         well_formed=parsed.well_formed,
         no_objects=parsed.no_objects,
         answer_blocks=parsed.answer_blocks,
+        parsed=False,
         problems=tuple(parsed.problems),
     )
     return answer, parsed.boxes, parsed.confidences

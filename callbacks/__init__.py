@@ -1,0 +1,10 @@
+"""Callbacks: metrics over predictions, and what training changed."""
+
+from rft_lightning.callbacks.base import MetricCallback
+from rft_lightning.callbacks.before_after import BeforeAfter
+from rft_lightning.callbacks.checkpoint import RolloutCheckpoint
+from rft_lightning.callbacks.detection_map import DetectionMAP
+from rft_lightning.callbacks.grounding_iou import GroundingIoU
+from rft_lightning.callbacks.label_accuracy import LabelAccuracy
+
+__all__ = ["BeforeAfter", "DetectionMAP", "GroundingIoU", "LabelAccuracy", "MetricCallback", "RolloutCheckpoint"]

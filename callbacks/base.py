@@ -1,0 +1,152 @@
+"""MetricCallback: metrics of one kind of target over the predictions of a validation or test run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torchmetrics import Metric
+
+from rft_lightning.metrics import ParseRate, stable_id
+from rft_lightning.metrics.base import SampleId
+from rft_lightning.sample import Prediction
+
+
+class MetricCallback(Callback, ABC):
+    """Computes metrics from the ``predictions`` that validation and test steps return.
+
+    A callback acts on the predictions of its own kind of target and stays silent when a run has none, so that one
+    config can carry the callbacks of all tasks. The first completion of each sample counts (``Prediction.index`` 0).
+
+    Logged under ``val/`` or ``test/``: what the subclass computes, and ``parse_rate``, the share of its answers that
+    could be read. All ranks log the same numbers. Where two callbacks of a mixture log the same name, Lightning
+    averages them weighted by their samples; `results` of each callback keeps its own.
+
+    Attributes:
+        results: the numbers of the last run without prefix, also of the sanity check (which Lightning does not log);
+            empty if it had no sample of this kind.
+        per_class: class name -> value of the last run, for metrics that have it.
+    """
+
+    target_type: ClassVar[type]
+    table_title: ClassVar[str] = "value per class"
+
+    def __init__(self) -> None:
+        self.results: dict[str, float] = {}
+        self.per_class: dict[str, float] = {}
+        self.parse_rate = ParseRate()
+
+    @abstractmethod
+    def metrics(self) -> list[Metric]:
+        """The metrics of the subclass; they are moved to the device and reset here."""
+
+    @abstractmethod
+    def update(self, predictions: list[Prediction], targets: list[Any], ids: list[int], loader: int) -> None:
+        """Add predictions with their targets, all of `target_type`, and the ids of their samples.
+
+        Further ids go through :func:`loader_id` with `loader`, the index of the dataloader.
+        """
+
+    @abstractmethod
+    def compute(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Numbers to log, and the value per class; called on every rank, whether it saw samples or not."""
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._add(outputs, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._add(outputs, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, pl_module, "test")
+
+    def _start(self, pl_module: LightningModule) -> None:
+        # A callback's metrics do not move with the module. MPS has no float64.
+        device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
+        for metric in self._all_metrics():
+            metric.to(device).reset()
+        self._update([], 0)  # torchmetrics warns about a compute() without any update()
+
+    def _add(self, outputs: Any, loader: int) -> None:
+        kept = [
+            prediction
+            for prediction in predictions_of(outputs)
+            if isinstance(prediction.target, self.target_type) and prediction.index == 0
+        ]
+        if kept:
+            self._update(kept, loader)
+
+    def _update(self, predictions: list[Prediction], loader: int) -> None:
+        ids = [loader_id(prediction.sample.id, loader) for prediction in predictions]
+        self.parse_rate.update([prediction.answer for prediction in predictions], ids)
+        self.update(predictions, [prediction.target for prediction in predictions], ids, loader)
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        # compute() syncs, so every rank calls it whatever it saw; only the synced count says whether there is anything.
+        parsed = self.parse_rate.compute()
+        results, per_class = self.compute()
+        for metric in self._all_metrics():
+            metric.reset()
+        count = int(parsed["n_samples"])
+        self.results = {**results, "parse_rate": float(parsed["parse_rate"])} if count else {}
+        self.per_class = per_class if count else {}
+        if count == 0:
+            return
+        named = {f"{prefix}/{name}": value for name, value in self.results.items()}
+        pl_module.log_dict(named, rank_zero_only=False, sync_dist=False, batch_size=count)
+        if self.per_class and not trainer.sanity_checking and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                write_table(logger, f"{prefix}/per_class", self.table_title, self.per_class, trainer.global_step)
+
+    def _all_metrics(self) -> list[Metric]:
+        return [self.parse_rate, *self.metrics()]
+
+
+def predictions_of(outputs: Any) -> list[Prediction]:
+    """The predictions in what a validation or test step returned; none where it returned something else."""
+    return list(outputs.get("predictions", ())) if isinstance(outputs, Mapping) else []
+
+
+def loader_id(value: SampleId, loader: int) -> int:
+    """An id as int64 that differs between the dataloaders of a run: their data sets number pictures independently."""
+    return stable_id(f"{loader}/{value}") if loader else stable_id(value)
+
+
+def write_table(logger: Any, name: str, title: str, values: Mapping[str, float], step: int) -> None:
+    """Write class -> value as one table to loggers that can show it: a table (W&B) or text (TensorBoard)."""
+    if hasattr(logger, "log_table"):
+        logger.log_table(key=name, columns=["class", title], data=[list(row) for row in values.items()], step=step)
+    elif hasattr(logger.experiment, "add_text"):
+        rows = [f"| {key} | {value:.4f} |" for key, value in values.items()]
+        logger.experiment.add_text(name, "\n".join([f"| class | {title} |", "| --- | ---: |", *rows]), step)
+
+
+__all__ = ["MetricCallback", "loader_id", "predictions_of", "write_table"]

@@ -1,0 +1,164 @@
+"""RFTDataModule: what every datamodule shares; a data set adds its samples."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from rft_lightning.datamodules.samplers import EvaluationSampler, RolloutBatchSampler
+from rft_lightning.errors import ConfigConflictError, DatasetNotFoundError
+from rft_lightning.prompts import PromptEncoder
+from rft_lightning.sample import PromptBatch, Sample
+
+
+class SampleDataset(Dataset):
+    """Rows by (row, occurrence)."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, entry: tuple[int, int]) -> Sample:
+        row, occurrence = entry
+        sample = self.samples[row]
+        return replace(sample, occurrence=occurrence) if occurrence else sample
+
+
+class RFTDataModule(LightningDataModule, ABC):
+    """Loaders of PromptBatches; subclasses say which samples each split holds.
+
+    Args:
+        processor: checkpoint whose processor and chat template encode the prompts. On the command line it is taken
+            from the model's `policy` and must not be set.
+        batch_size: prompts per rollout and process.
+        eval_batch_size: prompts per validation, test or prediction batch and process.
+        num_workers: worker processes of each loader.
+        seed: seed of the few-shot draw and of the order of the training rows.
+        min_pixels: fewest pixels of an image after resizing; the checkpoint's own when null.
+        max_pixels: most pixels of an image after resizing; the checkpoint's own when null.
+        system_prompt: text of a system turn; null leaves it to the chat template.
+        max_prompt_length: most tokens of a prompt; a longer one is an error. null for no limit.
+
+    Raises:
+        ConfigConflictError: a size is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        processor: str | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        system_prompt: str | None = None,
+        max_prompt_length: int | None = 1024,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise ConfigConflictError(f"Expected {name} >= 1, found {value}.")
+        self.processor = processor
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.seed = seed
+        self._encoder_settings: dict[str, Any] = {
+            "min_pixels": min_pixels,
+            "max_pixels": max_pixels,
+            "system_prompt": system_prompt,
+            "max_prompt_length": max_prompt_length,
+        }
+        self._encoder: PromptEncoder | None = None
+        self._splits: dict[str, Sequence[Sample]] = {}
+
+    @abstractmethod
+    def samples(self, split: str) -> Sequence[Sample]:
+        """The samples of "train", "val", "test" or "predict"; called once per split and process."""
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The prompt builder, made when it is first needed."""
+        if self._encoder is None:
+            if self.processor is None:
+                raise ConfigConflictError(
+                    f"{type(self).__name__} has no processor. From Python give processor=<the policy's checkpoint>; "
+                    "on the command line it follows the model's policy."
+                )
+            self._encoder = PromptEncoder(self.processor, **self._encoder_settings)
+        return self._encoder
+
+    def split(self, name: str) -> Sequence[Sample]:
+        """The samples of a split, built once.
+
+        Raises:
+            DatasetNotFoundError: the split is empty.
+        """
+        if name not in self._splits:
+            samples = self.samples(name)
+            if len(samples) == 0:
+                raise DatasetNotFoundError(f"The {name} split of {type(self).__name__} has no samples.")
+            self._splits[name] = samples
+        return self._splits[name]
+
+    def setup(self, stage: str) -> None:
+        """Build the splits of a stage, so that missing data fails before the model is moved or trained."""
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+        for name in needed.get(stage, ("train",)):
+            self.split(name)
+        trainer = self.trainer
+        if trainer is not None and trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise ConfigConflictError(
+                "trainer.use_distributed_sampler is true, which would replace the loaders' own samplers and repeat "
+                "samples. Set trainer.use_distributed_sampler to false (configs/base.yaml does)."
+            )
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """Batches of `batch_size` prompts; its state goes into the checkpoint and resumes at the next batch."""
+        rank, world_size = self._process()
+        samples = self.split("train")
+        sampler = RolloutBatchSampler(len(samples), self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
+        return StatefulDataLoader(
+            SampleDataset(samples),
+            batch_sampler=sampler,
+            collate_fn=self.encoder,
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """The validation split, once."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """The test split, once."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """The prediction split, once."""
+        return self._evaluation_loader("predict")
+
+    def transfer_batch_to_device(self, batch: PromptBatch, device: Any, dataloader_idx: int) -> PromptBatch:
+        """Move the tensors; samples and pictures stay."""
+        return batch.to(device)
+
+    def _evaluation_loader(self, split: str) -> DataLoader:
+        rank, world_size = self._process()
+        samples = self.split(split)
+        return DataLoader(
+            SampleDataset(samples),
+            batch_size=self.eval_batch_size,
+            sampler=EvaluationSampler(len(samples), rank=rank, world_size=world_size),
+            collate_fn=self.encoder,
+            num_workers=self.num_workers,
+        )
+
+    def _process(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)

@@ -1,0 +1,141 @@
+"""Boxes: formats, overlaps and matching.
+
+Boxes are xyxy unless a name says otherwise. All overlaps are pairwise, in float64, on the device of their input, and
+treat coordinates as continuous: no +1 for the last pixel, no clipping to a picture, no epsilon in a denominator.
+
+Shape legend: K boxes; N and M boxes of two lists.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rft_lightning.sample import BoxesLike, as_boxes
+
+
+def xywh_to_xyxy(boxes: BoxesLike) -> Tensor:
+    """COCO's (left, top, width, height) [K, 4] as corners [K, 4], float64 in the same unit."""
+    boxes = as_boxes(boxes)
+    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+
+
+def xyxy_to_xywh(boxes: BoxesLike) -> Tensor:
+    """Corners [K, 4] as COCO's (left, top, width, height) [K, 4], float64 in the same unit."""
+    boxes = as_boxes(boxes)
+    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+
+
+def valid_boxes(boxes: BoxesLike) -> Tensor:
+    """[K] bool: True where a box [K, 4] has finite corners and x1 < x2 and y1 < y2."""
+    boxes = as_boxes(boxes)
+    return boxes.isfinite().all(1) & (boxes[:, :2] < boxes[:, 2:]).all(1)
+
+
+def box_iou(a: BoxesLike, b: BoxesLike) -> Tensor:
+    """Intersection over union of each pair.
+
+    Zero unless the intersection is strictly positive, which a box without area or with swapped corners never is.
+
+    Args:
+        a: [N, 4] xyxy.
+        b: [M, 4] xyxy in the same unit.
+
+    Returns:
+        [N, M] float64 in [0, 1].
+
+    Raises:
+        ValueError: `a` or `b` is no list of boxes.
+    """
+    intersection, union = _intersection_and_union(as_boxes(a), as_boxes(b))
+    return torch.where(intersection > 0, intersection / union, 0.0)
+
+
+def box_giou(a: BoxesLike, b: BoxesLike) -> Tensor:
+    """Generalised IoU of each pair: IoU - (C - U) / C, with C the area of the smallest box around both and U the union.
+
+    Source: Rezatofighi et al. 2019 (arXiv 1902.09630), Algorithm 1.
+
+    Args:
+        a: [N, 4] xyxy with x1 < x2 and y1 < y2; the value means nothing for other boxes (see :func:`valid_boxes`).
+        b: [M, 4] likewise, in the same unit.
+
+    Returns:
+        [N, M] float64 in (-1, 1].
+
+    Raises:
+        ValueError: `a` or `b` is no list of boxes.
+    """
+    a, b = as_boxes(a), as_boxes(b)
+    intersection, union = _intersection_and_union(a, b)
+    iou = torch.where(intersection > 0, intersection / union, 0.0)
+    low = torch.minimum(a[:, None, :2], b[None, :, :2])
+    high = torch.maximum(a[:, None, 2:], b[None, :, 2:])
+    hull = (high - low).prod(-1)
+    return iou - (hull - union) / hull
+
+
+def match_greedy(iou: Tensor, confidences: Tensor, threshold: float = 0.5) -> list[int]:
+    """Match predictions to ground truth by falling confidence, each to the free ground truth it overlaps most.
+
+    Equal confidences keep their order (stable sort), equal overlaps go to the ground truth that comes first.
+
+    Args:
+        iou: [n_pred, n_gt] in [0, 1].
+        confidences: [n_pred], finite.
+        threshold: a pair counts only if its IoU is strictly greater.
+
+    Returns:
+        For each prediction, in the order of the rows, the index of its ground truth, or -1.
+
+    Raises:
+        ValueError: there is not one confidence per row.
+    """
+    if len(confidences) != len(iou):
+        raise ValueError(
+            f"Expected one confidence per prediction, found {len(confidences)} for {len(iou)} predictions."
+        )
+    overlaps, order = iou.tolist(), confidences.argsort(descending=True, stable=True).tolist()
+    matches = [-1] * len(overlaps)
+    free = list(range(iou.shape[1]))
+    for prediction in order:
+        if not free:
+            break
+        best = max(free, key=overlaps[prediction].__getitem__)
+        if overlaps[prediction][best] > threshold:
+            matches[prediction] = best
+            free.remove(best)
+    return matches
+
+
+def match_hungarian(iou: Tensor, threshold: float = 0.5) -> list[int]:
+    """Match predictions to ground truth so that the summed IoU of the pairs above the threshold is greatest.
+
+    Args:
+        iou: [n_pred, n_gt] in [0, 1].
+        threshold: a pair counts only if its IoU is strictly greater.
+
+    Returns:
+        For each prediction the index of its ground truth, or -1.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    # Pairs that cannot count must not win an assignment either, hence zeroed before and not dropped after.
+    gain = torch.where(iou > threshold, iou, 0.0).detach().cpu().numpy()
+    matches = [-1] * len(gain)
+    for prediction, truth in zip(*linear_sum_assignment(gain, maximize=True), strict=True):
+        if gain[prediction, truth] > 0:
+            matches[prediction] = int(truth)
+    return matches
+
+
+def _intersection_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    low = torch.maximum(a[:, None, :2], b[None, :, :2])
+    high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    # Clamped per side: the product of two negative sides would be a positive area.
+    intersection = (high - low).clamp(min=0).prod(-1)
+    return intersection, _areas(a)[:, None] + _areas(b)[None, :] - intersection
+
+
+def _areas(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2:] - boxes[:, :2]).prod(1)

@@ -1,0 +1,115 @@
+"""The command line: LightningCLI for training, and plain functions for what needs no model."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+import rft_lightning.callbacks  # noqa: F401  (bare class names in YAML and on the command line)
+import rft_lightning.datamodules  # noqa: F401
+from rft_lightning import __version__
+from rft_lightning.config_files import install_loader
+from rft_lightning.datamodules import RFTDataModule
+from rft_lightning.errors import ConfigConflictError, RFTError
+from rft_lightning.grpo import GRPOModule  # noqa: F401
+from rft_lightning.policy_module import FSDP_MESSAGE, PolicyModule
+from rft_lightning.sft import SFTModule  # noqa: F401
+from rft_lightning.trainer import RFTTrainer
+
+
+class RFTCLI(LightningCLI):
+    """fit, validate, test, predict and rollout."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and rollout."""
+        return {**LightningCLI.subcommands(), "rollout": {"model", "datamodule"}}
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse FSDP1 by name, before the Trainer looks for a GPU and says something else."""
+        strategy = self.config[self.config.subcommand].trainer.strategy
+        name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
+        if name in ("fsdp", "fsdp_cpu_offload") or name.endswith("FSDPStrategy"):
+            raise ConfigConflictError(FSDP_MESSAGE)
+
+    def after_instantiate_classes(self) -> None:
+        """The policy's checkpoint also sets up the datamodule's prompts.
+
+        Not a jsonargparse link: that would silently overwrite a processor the user set as well.
+        """
+        if self.datamodule.processor not in (None, self.model.checkpoint):
+            raise ConfigConflictError(
+                f"data.processor is {self.datamodule.processor!r} and model.policy is {self.model.checkpoint!r}. "
+                "Prompts are always encoded for the policy: leave data.processor out."
+            )
+        self.datamodule.processor = self.model.checkpoint
+
+
+def configs(copy: str | None = None) -> None:
+    """List the configuration files that come with the package, or copy them to a folder.
+
+    Args:
+        copy: folder to copy them to; files that exist there are left alone and named.
+    """
+    root = Path(str(resources.files("rft_lightning.configs")))
+    files = sorted(path.relative_to(root) for path in root.rglob("*.yaml"))
+    if copy is None:
+        for file in files:
+            first = (root / file).read_text(encoding="utf-8").splitlines()[0]
+            print(f"{file!s:36} {first.removeprefix('#').strip() if first.startswith('#') else ''}".rstrip())
+        print(f"\nThey lie in {root}; `rft configs --copy FOLDER` copies them.")
+        return
+    for file in files:
+        target = Path(copy) / file
+        if target.exists():
+            print(f"left alone, exists: {target}")
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / file, target)
+        print(f"copied: {target}")
+
+
+COMMANDS = {"configs": configs}
+
+
+def run(args: ArgsType = None) -> Any:
+    """Parse and run; named errors are raised."""
+    words = sys.argv[1:] if args is None else args
+    if isinstance(words, list) and words and words[0] in COMMANDS:
+        from jsonargparse import auto_cli
+
+        return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"rft {words[0]}")
+    install_loader()
+    return RFTCLI(
+        PolicyModule,
+        RFTDataModule,
+        trainer_class=RFTTrainer,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            "version": f"rft_lightning {__version__}",
+            "epilog": "Further commands: configs (list and copy the shipped configuration files).",
+            # The generated usage is a hundred lines, which would bury the error below it.
+            **{name: {"usage": f"rft {name} --config FILE [options]"} for name in RFTCLI.subcommands()},
+        },
+        args=args,
+    )
+
+
+def main(args: ArgsType = None) -> None:
+    """The command line. Given `args`, named errors are raised; from a terminal they are one line and exit status 2."""
+    try:
+        run(args)
+    except RFTError as error:
+        if args is not None:
+            raise
+        print(f"rft: {type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

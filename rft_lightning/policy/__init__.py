@@ -1,0 +1,1 @@
+"""The policy: loading, families, log-probs and rollouts."""

@@ -1,0 +1,61 @@
+"""The plain route: one row per completion, the prompt and its image repeated in each. The oracle of every faster one.
+
+Shape legend: B prompts, G completions per prompt, N = B*G rows, P prompt tokens, C completion tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rft_lightning.policy.families import position_ids, repeat_vision
+from rft_lightning.policy.logprobs import token_entropies, token_logprobs
+from rft_lightning.sample import PromptBatch
+
+
+def plain_group_logprobs(
+    model: nn.Module,
+    prompt: PromptBatch,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs of G completions of each of B prompts under the model.
+
+    Args:
+        model: the policy or the reference model (a Hugging Face vision-language model).
+        prompt: B prompts, left-padded.
+        completion_ids: [B, G, C] token ids, right-padded.
+        completion_mask: [B, G, C] True on tokens, False on padding.
+        temperature: divides the logits; the one the completions were sampled with.
+        with_entropy: also return the entropies.
+
+    Returns:
+        log-probs [B, G, C] float32 (meaningless on padding), and entropies [B, G, C] or None.
+    """
+    groups, group_size, length = completion_ids.shape
+    prompt_ids_NP = prompt.input_ids.repeat_interleave(group_size, 0)
+    ids_NT = torch.cat([prompt_ids_NP, completion_ids.flatten(0, 1)], 1)
+    mask_NT = torch.cat(
+        [prompt.attention_mask.repeat_interleave(group_size, 0), completion_mask.flatten(0, 1).to(prompt.attention_mask)], 1
+    )
+    vision = repeat_vision(prompt.vision, prompt.image_counts, prompt.patch_counts, group_size)
+    if "mm_token_type_ids" in vision:
+        types = vision["mm_token_type_ids"]
+        vision["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(types), length)], 1)
+    logits_NCV = model(
+        input_ids=ids_NT,
+        attention_mask=mask_NT,
+        position_ids=position_ids(model, ids_NT, mask_NT, vision),
+        use_cache=False,
+        logits_to_keep=length + 1,
+        **vision,
+    ).logits[:, :-1]
+    flat_ids = completion_ids.flatten(0, 1)
+    logp = token_logprobs(logits_NCV, flat_ids, temperature=temperature).view(groups, group_size, length)
+    if not with_entropy:
+        return logp, None
+    entropy = token_entropies(logits_NCV.detach(), temperature=temperature).view(groups, group_size, length)
+    return logp, entropy

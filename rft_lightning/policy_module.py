@@ -1,0 +1,231 @@
+"""PolicyModule: what reinforcement and supervised fine-tuning share: the policy, evaluation and the optimiser step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, nn
+
+from rft_lightning.errors import ConfigConflictError, NonFiniteError
+from rft_lightning.policy.loading import load_policy, load_processor
+from rft_lightning.policy.rollout import sample_groups
+from rft_lightning.sample import Prediction, PromptBatch, Rollouts
+
+T = TypeVar("T")
+
+FSDP_MESSAGE = (
+    "The strategy fsdp (FSDP1) cannot run manual optimisation, which these modules use. The supported sharding is "
+    "`fsdp2`, which is not registered yet in this version; use --trainer.strategy ddp."
+)
+
+
+class PolicyModule(LightningModule):
+    """A vision-language policy with its optimiser step, validation, test and prediction.
+
+    Optimisation is manual: one training batch may hold several optimiser steps, each in micro-batches.
+
+    Args:
+        policy: hub id, folder or ``asset:NAME`` of the checkpoint to start from.
+        optimizer: builds the optimiser from the trainable parameters; AdamW(lr=1e-6, weight_decay=0) when None.
+        schedule: learning-rate schedule over `trainer.max_steps`: linear (decay to 0), cosine or constant.
+        warmup_steps: optimiser steps of linear warm-up before `schedule`.
+        lr_scheduler: builds another scheduler, stepped once per optimiser step; replaces `schedule`.
+        dtype: dtype of the weights in memory: float32 (with `trainer.precision: bf16-mixed` on GPU) or bfloat16.
+        attn_implementation: attention kernel, as transformers names it.
+        mini_batch_prompts: prompts per optimiser step and process; the whole batch when None.
+        micro_batch_prompts: prompts per forward and backward pass; bounds the memory. The mini-batch when None.
+        max_grad_norm: global norm to which gradients are clipped; None does not clip.
+        max_completion_length: most tokens of a completion, in rollouts and in evaluation.
+        eval_temperature: temperature in validation, test and prediction; 0 is greedy.
+        seed: seed of the sampling noise.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        *,
+        optimizer: OptimizerCallable | None = None,
+        schedule: str = "linear",
+        warmup_steps: int = 0,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        dtype: str = "float32",
+        attn_implementation: str = "sdpa",
+        mini_batch_prompts: int | None = None,
+        micro_batch_prompts: int | None = None,
+        max_grad_norm: float | None = 1.0,
+        max_completion_length: int = 256,
+        eval_temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if schedule not in ("linear", "cosine", "constant"):
+            raise ConfigConflictError(f"Expected schedule linear, cosine or constant, found {schedule!r}.")
+        for name, size in (("mini_batch_prompts", mini_batch_prompts), ("micro_batch_prompts", micro_batch_prompts)):
+            if size is not None and size < 1:
+                raise ConfigConflictError(f"Expected {name} >= 1 or null, found {size}.")
+        self.automatic_optimization = False
+        self.checkpoint = policy
+        self.optimizer_callable, self.lr_scheduler_callable = optimizer, lr_scheduler
+        self.schedule, self.warmup_steps = schedule, warmup_steps
+        self.dtype_name, self.attn_implementation = dtype, attn_implementation
+        self.mini_batch_prompts, self.micro_batch_prompts = mini_batch_prompts, micro_batch_prompts
+        self.max_grad_norm = max_grad_norm
+        self.max_completion_length, self.eval_temperature, self.seed = max_completion_length, eval_temperature, seed
+        self.policy: nn.Module | None = None
+        self.processor: Any = None
+
+    # Set-up
+
+    def configure_callbacks(self) -> list:
+        """Refuse trainer settings that contradict this module. The earliest hook that sees the trainer: Lightning's own
+        check of manual optimisation comes right after it, with an error that does not name our settings."""
+        check_trainer(self.trainer)
+        return []
+
+    def configure_model(self) -> None:
+        """Load the policy; Lightning may call this more than once."""
+        if self.policy is None:
+            self.policy = load_policy(
+                self.checkpoint, dtype=self.dtype_name, attn_implementation=self.attn_implementation
+            )
+            self.processor = load_processor(self.checkpoint)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and a linear decay to 0 over `trainer.max_steps` unless told otherwise (the paper's)."""
+        assert self.policy is not None
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        if self.optimizer_callable is not None:
+            optimizer = self.optimizer_callable(parameters)
+        else:
+            optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler(optimizer), "interval": "step"}}
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        if self.lr_scheduler_callable is not None:
+            return self.lr_scheduler_callable(optimizer)
+        from transformers import get_scheduler
+
+        steps = self.trainer.max_steps
+        if self.schedule != "constant" and steps < 1:
+            raise ConfigConflictError(
+                f"The {self.schedule} schedule needs the number of optimiser steps: set trainer.max_steps, "
+                "or model.schedule to constant."
+            )
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        return get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max(steps, 1))
+
+    # The optimiser step
+
+    def optimiser_step(self, pieces: Sequence[T], loss_of: Callable[[T], Tensor], names: Sequence[str]) -> Tensor:
+        """One optimiser step over micro-batches whose losses add up to the loss of the step.
+
+        Gradients are averaged over processes, once, with the last micro-batch.
+
+        Args:
+            pieces: the micro-batches.
+            loss_of: scalar loss of a micro-batch, already divided by the step's normaliser.
+            names: ids of the samples of this step, for errors.
+
+        Returns:
+            the detached loss of the step on this process.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is NaN or infinite; the weights are untouched.
+        """
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        losses = []
+        for number, piece in enumerate(pieces):
+            with self._gradient_sync(number == len(pieces) - 1):
+                loss = loss_of(piece)
+                self.manual_backward(loss)
+            losses.append(loss.detach())
+        total = torch.stack(losses).sum()
+        if self.max_grad_norm is not None:
+            self.clip_gradients(
+                optimizer, gradient_clip_val=self.max_grad_norm, gradient_clip_algorithm="norm"
+            )
+        self._check_finite(total, names)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        return total
+
+    def _gradient_sync(self, last: bool) -> Any:
+        """DDP reduces gradients once per optimiser step: micro-batches before the last one keep theirs."""
+        strategy = self.trainer.strategy
+        return nullcontext() if last or not hasattr(strategy, "block_backward_sync") else strategy.block_backward_sync()
+
+    def _check_finite(self, loss: Tensor, names: Sequence[str]) -> None:
+        """Every process stops together, else the others would wait for its gradients."""
+        finite = loss.isfinite().all()
+        assert self.policy is not None
+        gradients = {n: p.grad for n, p in self.policy.named_parameters() if p.grad is not None}
+        norms = torch.stack(torch._foreach_norm(list(gradients.values()))).isfinite() if gradients else None
+        ok = finite if norms is None else finite & norms.all()
+        everywhere = self.trainer.strategy.reduce(ok.float(), reduce_op="mean")
+        if float(everywhere) == 1.0:
+            return
+        self.optimizers().zero_grad()
+        if bool(ok):
+            raise NonFiniteError("The loss or a gradient is not finite on another process; see its message.")
+        bad = [] if norms is None else [n for n, fine in zip(gradients, norms.tolist(), strict=True) if not fine]
+        raise NonFiniteError(
+            f"Step {self.global_step}: the loss is {float(loss)} and {len(bad)} gradients are not finite "
+            f"({', '.join(bad[:5]) or 'none'}). Samples of the step: {', '.join(names[:16])}. The weights are those of "
+            "the last step, and the last checkpoint is unharmed. Lower the learning rate or look at these samples."
+        )
+
+    def reached_max_steps(self) -> bool:
+        """Whether trainer.max_steps optimiser steps are done; Lightning itself looks only between batches."""
+        return 0 <= self.trainer.max_steps <= self.global_step
+
+    # Evaluation
+
+    def generate(self, batch: PromptBatch, group_size: int = 1, **settings: Any) -> Rollouts:
+        """Completions by the policy as it is; see :func:`sample_groups` for the settings."""
+        assert self.policy is not None
+        settings = {"max_completion_length": self.max_completion_length, **settings}
+        return sample_groups(self.policy, batch, group_size, tokenizer=self.processor.tokenizer, **settings)
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Prediction]]:
+        """Greedy (or sampled) completions as Predictions; callbacks turn them into metrics."""
+        return {"predictions": self.predict_step(batch, batch_idx)}
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Prediction]]:
+        """As in validation."""
+        return {"predictions": self.predict_step(batch, batch_idx)}
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Prediction]:
+        """One Prediction per sample."""
+        rollouts = self.generate(batch, temperature=self.eval_temperature, seed=self.seed + batch_idx)
+        return [
+            Prediction(sample, texts[0], sample.task.read(texts[0], batch.frame, sample.image_size))
+            for sample, texts in zip(rollouts.prompts.samples, rollouts.texts, strict=True)
+        ]
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse trainer settings that manual optimisation cannot honour.
+
+    Raises:
+        ConfigConflictError: names our setting for the refused one.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy):
+        raise ConfigConflictError(FSDP_MESSAGE)
+    if trainer.accumulate_grad_batches != 1:
+        raise ConfigConflictError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}. One batch is already split into "
+            "optimiser steps and micro-batches here: set data.batch_size, model.mini_batch_prompts (prompts per "
+            "optimiser step) and model.micro_batch_prompts (prompts per forward) instead."
+        )
+    if trainer.gradient_clip_val is not None:
+        raise ConfigConflictError(
+            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}. Clipping is done at the optimiser step: set "
+            "model.max_grad_norm instead."
+        )

@@ -1,0 +1,68 @@
+"""SFTModule: supervised fine-tuning on the same samples, prompts and evaluation as reinforcement fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rft_lightning.policy.plain import plain_group_logprobs
+from rft_lightning.policy_module import PolicyModule
+from rft_lightning.sample import PromptBatch
+
+
+class SFTModule(PolicyModule):
+    """Cross-entropy of the solution text, mean over its tokens.
+
+    Args:
+        policy: see :class:`PolicyModule`.
+        with_thought: put the task's minimal thought before the answer, so that the format of the question is kept; the
+            published data sets hold answers without thoughts.
+        **kwargs: see :class:`PolicyModule`.
+    """
+
+    def __init__(self, policy: str, *, with_thought: bool = True, **kwargs: Any) -> None:
+        super().__init__(policy, **kwargs)
+        self.with_thought = with_thought
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """One optimiser step per mini-batch."""
+        losses = []
+        for mini in batch.chunks(self.mini_batch_prompts or len(batch)):
+            if self.reached_max_steps():
+                break
+            losses.append(self._step(mini))
+        if losses:
+            loss = torch.stack(losses).mean()
+            self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+
+    def _step(self, mini: PromptBatch) -> Tensor:
+        micro_batches = mini.chunks(self.micro_batch_prompts or len(mini))
+        encoded = [(micro, *self.solutions(micro)) for micro in micro_batches]
+        # Gradients are averaged over processes, so the loss is divided by the mean token count of a process.
+        tokens = torch.stack([mask.sum() for _, _, mask in encoded]).sum().float()
+        tokens = self.trainer.strategy.reduce(tokens, reduce_op="mean")
+
+        def loss_of(piece: tuple[PromptBatch, Tensor, Tensor]) -> Tensor:
+            prompt, ids_BC, mask_BC = piece
+            assert self.policy is not None
+            logp_B1C, _ = plain_group_logprobs(self.policy, prompt, ids_BC[:, None], mask_BC[:, None])
+            return -logp_B1C[:, 0].masked_fill(~mask_BC, 0).sum() / tokens
+
+        return self.optimiser_step(encoded, loss_of, [sample.id for sample in mini.samples])
+
+    def solutions(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Token ids [B, C] of the solution texts with their end of sequence, and their mask [B, C]."""
+        tokenizer = self.processor.tokenizer
+        texts = []
+        for sample in batch.samples:
+            assert sample.target is not None
+            text = sample.target.solution_text or ""
+            if self.with_thought:
+                text = f"<think>{sample.task.thought(sample.target)}</think> {text}"
+            texts.append(text + tokenizer.eos_token)
+        encoded = tokenizer(
+            texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
+        ).to(self.device)
+        return encoded["input_ids"], encoded["attention_mask"].bool()

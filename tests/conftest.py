@@ -1,0 +1,56 @@
+"""Fixtures: a tiny random Qwen2-VL, and a Trainer that writes nothing outside the test's folder."""
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+# Two workers per core on small machines; the numbers in these tests are too small to gain from threads.
+torch.set_num_threads(1)
+warnings.filterwarnings("ignore", message=".*litlogger.*")
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory) -> str:
+    """Folder of a Qwen2-VL of 0.2 M random parameters with tokenizer and processor."""
+    from rft_lightning.policy.tiny import build_tiny, shapes_corpus
+
+    folder = tmp_path_factory.mktemp("tiny") / "policy"
+    build_tiny(folder, shapes_corpus(200), width=64, layers=2, vision_width=32, vision_layers=1)
+    return str(folder)
+
+
+@pytest.fixture
+def sample_data() -> Path:
+    """Folder of real sample data, where there is one."""
+    folder = os.environ.get("RFT_SAMPLE_DATA")
+    if not folder:
+        pytest.skip("RFT_SAMPLE_DATA names no folder of sample data")
+    return Path(folder)
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """make_trainer(max_steps, **kwargs) -> Trainer on one CPU process without loggers."""
+    from lightning.pytorch import Trainer
+
+    def make(max_steps: int = 1, **kwargs):
+        settings = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": -1,
+            "limit_val_batches": 0,
+            "num_sanity_val_steps": 0,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+            "log_every_n_steps": 1,
+            "default_root_dir": tmp_path,
+        }
+        return Trainer(max_steps=max_steps, **{**settings, **kwargs})
+
+    return make

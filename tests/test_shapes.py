@@ -1,0 +1,111 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from rft_lightning.datamodules import ShapesDataModule
+from rft_lightning.datamodules.shapes import COLOURS
+from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask
+
+
+def pixels(sample):
+    return np.asarray(sample.load_image()).astype(int)
+
+
+def test_rows_depend_on_seed_split_and_index_only():
+    a, b = ShapesDataModule(seed=4), ShapesDataModule(seed=4, train_size=5, shots=None)
+    assert np.array_equal(pixels(a.sample("train", 3)), pixels(b.sample("train", 3)))
+    assert a.sample("train", 3).id == b.sample("train", 3).id == "shapes/4/train/3"
+    assert not np.array_equal(pixels(a.sample("train", 3)), pixels(ShapesDataModule(seed=5).sample("train", 3)))
+    assert not np.array_equal(pixels(a.sample("train", 3)), pixels(a.sample("val", 3)))
+
+
+def test_validation_does_not_move_with_the_training_seed():
+    a, b = ShapesDataModule(seed=1), ShapesDataModule(seed=2, loose_boxes=2.0)
+    assert np.array_equal(pixels(a.sample("val", 0)), pixels(b.sample("val", 0)))
+    assert a.sample("val", 0).target.boxes.equal(b.sample("val", 0).target.boxes)
+
+
+def test_boxes_are_the_extent_of_the_drawn_pixels():
+    """The oracle is the picture: pixels that are clearly of the shape's colour, and no background."""
+    data = ShapesDataModule(task=GroundingTask(), max_shapes=1)
+    for index in range(40):
+        sample = data.sample("train", index)
+        colour = np.array(COLOURS[sample.target.expression.split()[1]])
+        ys, xs = np.nonzero(np.abs(pixels(sample) - colour).sum(2) < 60)
+        seen = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+        assert np.abs(seen - sample.target.boxes[0].numpy()).max() <= 6, (sample.target, seen)  # thin tips fade
+
+
+def test_detection_targets_are_all_shapes_of_the_kind_or_none():
+    data = ShapesDataModule(negative_fraction=0.5)
+    counts = Counter(len(data.sample("train", index).target.boxes) for index in range(200))
+    assert counts[0] > 40
+    assert counts[1] > 40
+    assert counts[2] > 0
+
+
+def test_few_shot_has_exactly_k_positive_rows_per_kind_and_nests():
+    four = ShapesDataModule(shots=4).split("train")
+    two = ShapesDataModule(shots=2).split("train")
+    assert set(Counter(sample.target.category for sample in four).values()) == {4}
+    assert all(len(sample.target.boxes) for sample in four)
+    assert {sample.id for sample in two} < {sample.id for sample in four}
+
+
+def test_few_shot_classification_has_k_rows_per_class():
+    samples = ShapesDataModule(task=ClassificationTask(), shots=2).split("train")
+    counts = Counter(sample.target.label for sample in samples)
+    assert len(counts) == 16
+    assert set(counts.values()) == {2}
+
+
+def test_few_shot_counts_the_kinds_that_are_drawn():
+    samples = ShapesDataModule(task=ClassificationTask(), shots=1, shapes=["circle"]).split("train")
+    assert sorted(sample.target.label for sample in samples) == ["blue circle", "green circle", "red circle", "yellow circle"]
+
+
+def test_loose_boxes_enlarge_training_boxes_only():
+    exact, loose = ShapesDataModule(negative_fraction=0), ShapesDataModule(negative_fraction=0, loose_boxes=1.7)
+    ratios = []
+    for index in range(50):
+        a, b = exact.sample("train", index).target.boxes, loose.sample("train", index).target.boxes
+        ratios += ((b[:, 2] - b[:, 0]) / (a[:, 2] - a[:, 0])).tolist()
+    assert min(ratios) >= 1 - 1e-9
+    assert 1.15 < np.mean(ratios) < 1.4
+    assert max(ratios) <= 1.7 + 1e-9
+
+
+def test_several_tasks_take_turns():
+    data = ShapesDataModule(task=[DetectionTask(), GroundingTask(), ClassificationTask()])
+    names = [data.sample("train", index).task.name for index in range(4)]
+    assert names == ["detection", "grounding", "classification", "detection"]
+
+
+def test_the_grounded_shape_is_unique_in_its_picture():
+    data = ShapesDataModule(task=GroundingTask(), max_shapes=3)
+    for index in range(60):
+        sample = data.sample("train", index)
+        x1, y1, x2, y2 = sample.target.boxes[0].round().int().tolist()
+        image = pixels(sample)
+        colour = np.array(COLOURS[sample.target.expression.split()[1]])
+        inside = np.zeros(image.shape[:2], dtype=bool)
+        inside[y1:y2, x1:x2] = True
+        same = np.abs(image - colour).sum(2) < 30
+        assert same[inside].sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"shapes": ["hexagon"]}, "hexagon"),
+        ({"shapes": []}, "none"),
+        ({"shots": 0}, "shots >= 1"),
+        ({"min_side": 0.6, "max_side": 0.5}, "min_side <= max_side"),
+        ({"loose_boxes": 0.5}, "loose_boxes >= 1"),
+        ({"batch_size": 0}, "batch_size >= 1"),
+    ],
+)
+def test_errors(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        ShapesDataModule(**arguments)
