@@ -5,6 +5,17 @@ from rft_lightning.callbacks.before_after import BeforeAfter
 from rft_lightning.callbacks.checkpoint import RolloutCheckpoint
 from rft_lightning.callbacks.detection_map import DetectionMAP
 from rft_lightning.callbacks.grounding_iou import GroundingIoU
+from rft_lightning.callbacks.hf_export import HFExport
 from rft_lightning.callbacks.label_accuracy import LabelAccuracy
+from rft_lightning.callbacks.predictions import PredictionWriter
 
-__all__ = ["BeforeAfter", "DetectionMAP", "GroundingIoU", "LabelAccuracy", "MetricCallback", "RolloutCheckpoint"]
+__all__ = [
+    "BeforeAfter",
+    "DetectionMAP",
+    "GroundingIoU",
+    "HFExport",
+    "LabelAccuracy",
+    "MetricCallback",
+    "PredictionWriter",
+    "RolloutCheckpoint",
+]

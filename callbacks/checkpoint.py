@@ -72,7 +72,7 @@ class RolloutCheckpoint(ModelCheckpoint):
         """Nothing: an epoch's end is no special place."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if fitting and self.monitor is not None:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -80,7 +80,7 @@ class RolloutCheckpoint(ModelCheckpoint):
         self._save_last(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run or self._step_of_last == trainer.global_step:
+        if trainer.fast_dev_run or self._step_of_last == trainer.global_step:  # type: ignore[attr-defined]
             return
         self._step_of_last = trainer.global_step
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -39,14 +39,19 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
         self.seed, self.shuffle = seed, shuffle
         self._next = 0  # first batch of the next epoch, counted from the start of training
         self._first = 0  # first batch of the epoch that is being iterated
+        self._done = 0  # how many batches of that epoch were handed out
+        self._skip = 0  # how many batches the next epoch leaves out, since they were handed out before a checkpoint
+        self._passes: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
         return max(1, self.size // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        self._first = self._next
-        self._next += len(self)
-        yield from (self.batch(number) for number in range(self._first, self._next))
+        self._first, self._next = self._next, self._next + len(self)
+        self._done, self._skip = self._skip, 0
+        for number in range(self._first + self._done, self._next):
+            self._done += 1
+            yield self.batch(number)
 
     def batch(self, number: int) -> list[tuple[int, int]]:
         """This rank's part of global batch `number`."""
@@ -60,8 +65,14 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
         return entries[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
 
     def _stream(self, start: int, stop: int) -> list[int]:
-        passes = {p: self._permutation(p) for p in range(start // self.size, (stop - 1) // self.size + 1)}
-        return [passes[i // self.size][i % self.size] for i in range(start, stop)]
+        return [self._pass(i // self.size)[i % self.size] for i in range(start, stop)]
+
+    def _pass(self, number: int) -> list[int]:
+        """The rows of one pass; the last two are kept, since a batch may lie across them."""
+        if number not in self._passes:
+            self._passes = {n: rows for n, rows in self._passes.items() if n == number - 1}
+            self._passes[number] = self._permutation(number)
+        return self._passes[number]
 
     def _permutation(self, number: int) -> list[int]:
         if not self.shuffle:
@@ -70,11 +81,11 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
         return torch.randperm(self.size, generator=generator).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch that is being iterated; the loader counts the batches within it."""
-        return {"first": self._first, "length": len(self), "size": self.size}
+        """The place in the epoch that is being iterated; StatefulDataLoader leaves it to a sampler that has a state."""
+        return {"first": self._first, "done": self._done, "length": len(self), "size": self.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the epoch of `state`.
+        """Continue after the last batch that was handed out; with the next epoch, if that was the last of its own.
 
         Raises:
             ValueError: the training split has another number of rows than when the checkpoint was written.
@@ -84,7 +95,10 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
                 f"The checkpoint was written with {state['size']} training rows, the data now has {self.size}; "
                 "resume with the same data settings, or start a new run from the exported policy."
             )
-        self._next = state["first"]
+        self._first, self._done = state["first"], state["done"]
+        at_end = self._done >= state["length"]
+        self._next = self._first + (state["length"] if at_end else 0)
+        self._skip = 0 if at_end else self._done
 
 
 class EvaluationSampler(Sampler[tuple[int, int]]):

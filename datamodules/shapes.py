@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from rft_lightning.datamodules.base import RFTDataModule
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.sample import ClassTarget, DetectionTarget, GroundingTarget, Sample, Target
+from rft_lightning.sample import ClassTarget, DetectionTarget, GroundingTarget, Sample, Target, as_boxes
 from rft_lightning.tasks import ClassificationTask, DetectionTask, Task
 
 SHAPES = ("circle", "square", "triangle", "star")
@@ -145,13 +145,13 @@ class ShapesDataModule(RFTDataModule):
         if isinstance(task, DetectionTask):
             ask_absent = bool(absent) and rng.random() < self.negative_fraction
             kind = str(rng.choice(absent if ask_absent else present))
-            boxes = [shape.box for shape in shapes if shape.kind == kind]
+            boxes = as_boxes([shape.box for shape in shapes if shape.kind == kind])
             return shapes, DetectionTarget(boxes, category=kind, category_id=self.shapes.index(kind) + 1)
         counts = Counter(shape.name for shape in shapes)
         single = [shape for shape in shapes if counts[shape.name] == 1] or shapes[:1]
         chosen = single[int(rng.integers(len(single)))]
         drawn = shapes if counts[chosen.name] == 1 else [chosen]
-        return drawn, GroundingTarget([chosen.box], expression=f"the {chosen.name}")
+        return drawn, GroundingTarget(as_boxes(chosen.box), expression=f"the {chosen.name}")
 
     def _layout(self, count: int, rng: np.random.Generator) -> list[Shape]:
         """Up to `count` shapes whose boxes do not overlap; fewer when there is no room."""

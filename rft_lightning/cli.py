@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
-import rft_lightning.callbacks  # noqa: F401  (bare class names in YAML and on the command line)
+import rft_lightning.callbacks
 import rft_lightning.datamodules  # noqa: F401
 from rft_lightning import __version__
 from rft_lightning.config_files import install_loader
@@ -36,6 +36,18 @@ class RFTCLI(LightningCLI):
         name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
         if name in ("fsdp", "fsdp_cpu_offload") or name.endswith("FSDPStrategy"):
             raise ConfigConflictError(FSDP_MESSAGE)
+
+    def instantiate_classes(self) -> None:
+        """Lightning's; a named error of a constructor leaves as itself, not wrapped by jsonargparse."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            named: BaseException | None = error
+            while named is not None and not isinstance(named, RFTError):
+                named = named.__cause__
+            if named is None:
+                raise
+            raise named from named.__cause__
 
     def after_instantiate_classes(self) -> None:
         """The policy's checkpoint also sets up the datamodule's prompts.

@@ -142,7 +142,9 @@ class GRPOModule(PolicyModule):
         clock.lap("update")
         self._log_batch(rollouts, scores, statistics, clock.seconds)
 
-    def roll_out(self, batch: PromptBatch, *, group_size: int | None = None, temperature: float | None = None) -> Rollouts:
+    def roll_out(
+        self, batch: PromptBatch, *, group_size: int | None = None, temperature: float | None = None
+    ) -> Rollouts:
         """G sampled answers to each prompt, `rollout_prompts` prompts at a time."""
         chunks = batch.chunks(self.rollout_prompts or len(batch))
         parts = [
@@ -158,12 +160,20 @@ class GRPOModule(PolicyModule):
         return join_rollouts(batch, parts, self.processor.tokenizer.pad_token_id)
 
     def score(self, rollouts: Rollouts) -> Scores:
-        """Read and reward every completion."""
+        """Read and reward every completion.
+
+        Raises:
+            ConfigConflictError: a sample has no target.
+        """
         names = list(dict.fromkeys(name for s in rollouts.prompts.samples for name in s.task.rewards))
         rewards_NK = torch.full((sum(map(len, rollouts.texts)), len(names)), torch.nan)
         weights_NK = torch.zeros_like(rewards_NK)
-        parsed = []
+        parsed: list[bool] = []
         for sample, texts in zip(rollouts.prompts.samples, rollouts.texts, strict=True):
+            if sample.target is None:
+                raise ConfigConflictError(
+                    f"Sample {sample.id!r} has no target, so it cannot be rewarded; train on labelled samples."
+                )
             columns = [names.index(name) for name in sample.task.rewards]
             weights = torch.tensor(list(sample.task.reward_weights.values()))
             for text in texts:
@@ -274,7 +284,8 @@ class GRPOModule(PolicyModule):
         return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
     def _check_max_steps(self) -> None:
-        size = self.trainer.datamodule.batch_size if getattr(self.trainer, "datamodule", None) is not None else None
+        datamodule = getattr(self.trainer, "datamodule", None)
+        size = None if datamodule is None else datamodule.batch_size
         if size is None or self.trainer.max_steps < 0:
             return
         steps = self.num_iterations * -(-size // (self.mini_batch_prompts or size))
@@ -301,13 +312,14 @@ class GRPOModule(PolicyModule):
             "parse_rate": scores.parse_rate,
             "step_time": sum(seconds.values()),
             **{f"time/{phase}": value for phase, value in seconds.items()},
-            **{f"rewards/{name}/mean": column.nanmean() for name, column in zip(scores.names, scores.rewards.T)},
             **statistics,
         }
+        for name, column in zip(scores.names, scores.rewards.T, strict=True):
+            values[f"rewards/{name}/mean"] = column.nanmean()
         shown = {"reward", "kl", "completions/mean_length", "time/rollout", "time/update"}
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=len(rollouts), sync_dist=True)
-        self.log("train/learning_rate", self.lr_schedulers().get_last_lr()[0])
+        self.log("train/learning_rate", self._scheduler().get_last_lr()[0])
 
 
 def join_rollouts(batch: PromptBatch, parts: list[Rollouts], pad: int) -> Rollouts:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from rft_lightning.errors import ConfigConflictError, NonFiniteError
 from rft_lightning.policy.loading import load_policy, load_processor
@@ -83,8 +85,11 @@ class PolicyModule(LightningModule):
     # Set-up
 
     def configure_callbacks(self) -> list:
-        """Refuse trainer settings that contradict this module. The earliest hook that sees the trainer: Lightning's own
-        check of manual optimisation comes right after it, with an error that does not name our settings."""
+        """Refuse trainer settings that contradict this module.
+
+        The earliest hook that sees the trainer: Lightning's own check of manual optimisation comes right after it, with
+        an error that does not name our settings.
+        """
         check_trainer(self.trainer)
         return []
 
@@ -104,9 +109,10 @@ class PolicyModule(LightningModule):
             optimizer = self.optimizer_callable(parameters)
         else:
             optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler(optimizer), "interval": "step"}}
+        scheduler = self._build_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+    def _build_scheduler(self, optimizer: Optimizer) -> Any:
         if self.lr_scheduler_callable is not None:
             return self.lr_scheduler_callable(optimizer)
         from transformers import get_scheduler
@@ -121,6 +127,14 @@ class PolicyModule(LightningModule):
         return get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max(steps, 1))
 
     # The optimiser step
+
+    def _optimizer(self) -> Optimizer:
+        """The one optimiser; Lightning's wrapper is a subclass of it at run time."""
+        return cast(Optimizer, self.optimizers())
+
+    def _scheduler(self) -> LRScheduler:
+        """The one learning-rate scheduler."""
+        return cast(LRScheduler, self.lr_schedulers())
 
     def optimiser_step(self, pieces: Sequence[T], loss_of: Callable[[T], Tensor], names: Sequence[str]) -> Tensor:
         """One optimiser step over micro-batches whose losses add up to the loss of the step.
@@ -138,7 +152,7 @@ class PolicyModule(LightningModule):
         Raises:
             NonFiniteError: the loss or a gradient is NaN or infinite; the weights are untouched.
         """
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        optimizer, scheduler = self._optimizer(), self._scheduler()
         losses = []
         for number, piece in enumerate(pieces):
             with self._gradient_sync(number == len(pieces) - 1):
@@ -147,9 +161,7 @@ class PolicyModule(LightningModule):
             losses.append(loss.detach())
         total = torch.stack(losses).sum()
         if self.max_grad_norm is not None:
-            self.clip_gradients(
-                optimizer, gradient_clip_val=self.max_grad_norm, gradient_clip_algorithm="norm"
-            )
+            self.clip_gradients(optimizer, gradient_clip_val=self.max_grad_norm, gradient_clip_algorithm="norm")
         self._check_finite(total, names)
         optimizer.step()
         optimizer.zero_grad()
@@ -171,7 +183,7 @@ class PolicyModule(LightningModule):
         everywhere = self.trainer.strategy.reduce(ok.float(), reduce_op="mean")
         if float(everywhere) == 1.0:
             return
-        self.optimizers().zero_grad()
+        self._optimizer().zero_grad()
         if bool(ok):
             raise NonFiniteError("The loss or a gradient is not finite on another process; see its message.")
         bad = [] if norms is None else [n for n, fine in zip(gradients, norms.tolist(), strict=True) if not fine]

@@ -33,8 +33,9 @@ def sample_data() -> Path:
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """make_trainer(max_steps, **kwargs) -> Trainer on one CPU process without loggers."""
+    """make_trainer(max_steps, **kwargs) -> Trainer on one CPU process, no loggers, checkpoints by `callbacks` only."""
     from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import Checkpoint
 
     def make(max_steps: int = 1, **kwargs):
         settings = {
@@ -44,7 +45,7 @@ def make_trainer(tmp_path):
             "limit_val_batches": 0,
             "num_sanity_val_steps": 0,
             "logger": False,
-            "enable_checkpointing": False,
+            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in kwargs.get("callbacks", [])),
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "use_distributed_sampler": False,

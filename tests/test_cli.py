@@ -107,8 +107,11 @@ def test_swapping_the_optimiser_on_the_command_line_leaks_nothing(tiny_policy, c
     import yaml
 
     with pytest.raises(SystemExit):
-        main(["fit", "--model", "GRPOModule", "--model.policy", tiny_policy, "--data", "ShapesDataModule",
-              "--model.optimizer", "SGD", "--model.optimizer.lr", "0.1", "--print_config"])  # fmt: skip
+        main([
+            "fit", "--model", "GRPOModule", "--model.policy", tiny_policy, "--data", "ShapesDataModule",
+            # By its full name: an earlier test has imported bitsandbytes, which has a SGD too.
+            "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--print_config",
+        ])  # fmt: skip
     optimizer = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]
     assert optimizer["init_args"]["weight_decay"] == 0
     assert "betas" not in optimizer["init_args"]

@@ -24,13 +24,15 @@ def fit(folder, policy, processes, batch, *arguments, method=None):
     overlay = ["--config", str(CONFIGS / "method" / f"{method}.yaml")] if method else []
     command = [
         sys.executable, "-c", RUN, "fit", "--config", str(CONFIGS / "quickstart.yaml"), *overlay,
-        "--model.policy", policy, "--trainer.devices", str(processes),
-        "--trainer.strategy", "ddp" if processes > 1 else "auto", "--data.batch_size", str(batch),
-        "--data.shots", "2", "--data.val_size", "5", "--data.eval_batch_size", "2", "--model.max_completion_length", "8",
+        "--model.policy", policy, "--model.max_completion_length", "8",
+        "--trainer.devices", str(processes), "--trainer.strategy", "ddp" if processes > 1 else "auto",
+        "--data.batch_size", str(batch), "--data.shots", "2", "--data.val_size", "5", "--data.eval_batch_size", "2",
         *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment, timeout=240)
+    result = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, env=environment, timeout=240
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     (checkpoint,) = folder.rglob("last.ckpt")
     return torch.load(checkpoint, weights_only=True)
@@ -38,11 +40,14 @@ def fit(folder, policy, processes, batch, *arguments, method=None):
 
 def test_two_processes_make_the_supervised_update_of_one(tmp_path, tiny_policy):
     """SGD and micro-batches, with token counts that differ between the ranks: one gradient, however it is cut."""
-    common = ("--model.optimizer", "SGD", "--model.optimizer.lr", "0.1", "--model.schedule", "constant",
-              "--model.micro_batch_prompts", "1", "--trainer.max_steps", "3", "--trainer.val_check_interval", "3")  # fmt: skip
+    common = (
+        "--model.optimizer", "SGD", "--model.optimizer.lr", "0.1", "--model.schedule", "constant",
+        "--model.micro_batch_prompts", "1", "--trainer.max_steps", "3", "--trainer.val_check_interval", "3",
+    )  # fmt: skip
+    still = (*common, "--model.optimizer.lr", "0.0")
     one = fit(tmp_path / "one", tiny_policy, 1, 4, *common, method="sft")["state_dict"]
     two = fit(tmp_path / "two", tiny_policy, 2, 2, *common, method="sft")["state_dict"]
-    start = fit(tmp_path / "start", tiny_policy, 1, 4, *common, "--model.optimizer.lr", "0.0", method="sft")["state_dict"]
+    start = fit(tmp_path / "start", tiny_policy, 1, 4, *still, method="sft")["state_dict"]
     moved = max((one[name] - start[name]).abs().max().item() for name in one)
     assert moved > 1e-3
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-3 * moved

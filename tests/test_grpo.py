@@ -1,6 +1,7 @@
 """GRPOModule and SFTModule in a real Trainer, on a tiny random policy."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,7 +113,11 @@ def test_micro_batches_do_not_change_the_update(tiny_policy, make_trainer):
 
 def test_the_update_is_the_gradient_of_the_published_loss(tiny_policy, make_trainer):
     """The whole step against the formula written out: mean over completions of the token mean of A * grad log pi."""
-    module = grpo(tiny_policy, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), max_grad_norm=None, objective=GRPOObjective(beta=0))
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=0.1)
+
+    module = grpo(tiny_policy, optimizer=sgd, max_grad_norm=None, objective=GRPOObjective(beta=0))
     module.configure_model()
     before = copy.deepcopy(module.policy)
     kept = {}
@@ -193,7 +198,8 @@ def test_a_run_is_reproducible_and_the_seed_matters(tiny_policy, make_trainer):
 
 def test_validation_and_prediction_return_predictions(tiny_policy, make_trainer):
     module = grpo(tiny_policy)
-    predictions = [p for batch in make_trainer().predict(module, datamodule=data(tiny_policy, test_size=3)) for p in batch]
+    batches = make_trainer().predict(module, datamodule=data(tiny_policy, test_size=3))
+    predictions = [prediction for batch in batches for prediction in batch]
     assert [p.sample.id for p in predictions] == [f"shapes/1000003/predict/{i}" for i in range(3)]
     assert all(p.text == p.answer.text for p in predictions)
 
@@ -284,7 +290,8 @@ def test_a_non_finite_loss_names_step_and_samples_and_keeps_the_weights(tiny_pol
     module.configure_model()
     before = weights(module)
     module.advantages = lambda scores, group_size: torch.full((len(scores.rewards),), torch.nan)
-    with pytest.raises(NonFiniteError, match=r"Step 0: the loss is nan.*gradients.*Samples of the step: shapes/0/train/"):
+    words = r"Step 0: the loss is nan.*gradients.*Samples of the step: shapes/0/train/"
+    with pytest.raises(NonFiniteError, match=words):
         make_trainer(1).fit(module, datamodule=data(tiny_policy))
     assert largest_difference(before, weights(module)) == 0
 
@@ -293,6 +300,14 @@ def test_a_non_finite_reward_names_reward_and_sample(tiny_policy, make_trainer):
     task = DetectionTask(rewards={"broken": lambda answer, target, *, rules, step: float("nan")})
     with pytest.raises(NonFiniteError, match=r"'broken' returned nan for sample 'shapes/"):
         make_trainer(1).fit(grpo(tiny_policy), datamodule=data(tiny_policy, task=task))
+
+
+def test_a_sample_without_target_is_named(tiny_policy):
+    module, samples = grpo(tiny_policy), data(tiny_policy)
+    module.configure_model()
+    batch = samples.encoder([replace(samples.sample("train", 0), target=None)])
+    with pytest.raises(ConfigConflictError, match=r"'shapes/0/train/0' has no target.*labelled samples"):
+        module.sample_and_score(batch)
 
 
 def test_fsdp_is_refused_with_an_alternative(tiny_policy):

@@ -45,7 +45,9 @@ def test_prompt_is_the_chat_template_with_one_image(data, tiny_policy):
     processor = AutoProcessor.from_pretrained(tiny_policy)
     text = processor.tokenizer.decode(batch.input_ids[0])
     completed = batch.samples[0]
-    assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>")
+    assert text.startswith(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+    )
     assert text.endswith(f"<|vision_end|>{completed.question}<|im_end|>\n<|im_start|>assistant\n")
     assert text.count("<|image_pad|>") == int(batch.vision["image_grid_thw"].prod()) // 4
 
@@ -215,15 +217,17 @@ def test_sampling_is_seeded_and_leaves_the_global_state_alone(policy, batch, tok
 
 
 def test_samples_follow_the_policy(policy, data, tokenizer):
-    """Frequencies of the first token against the softmax of the plain forward; no hidden top-k or repetition penalty."""
+    """Frequencies of the first token against the softmax of the plain forward; no hidden top-k or min-p."""
     batch = data.encoder([data.sample("train", 0)])
-    rollouts = sample_groups(policy, batch, 4000, tokenizer=tokenizer, max_completion_length=1, seed=0)
+    sharp = {"temperature": 0.3}  # at 1 hardly a token of a random policy is likely enough to count
+    rollouts = sample_groups(policy, batch, 4000, tokenizer=tokenizer, max_completion_length=1, seed=0, **sharp)
     counts = torch.bincount(rollouts.completion_ids.flatten(), minlength=policy.config.text_config.vocab_size)
     ids = torch.arange(policy.config.text_config.vocab_size)
     never = torch.isin(ids, torch.tensor(vision_token_ids(policy.config)))
     ids = ids.masked_fill(never, 0)[None, :, None]
     with torch.no_grad():
-        probabilities = plain_group_logprobs(policy, batch, ids, torch.ones_like(ids, dtype=torch.bool))[0].exp().flatten()
+        logp, _ = plain_group_logprobs(policy, batch, ids, torch.ones_like(ids).bool(), **sharp)
+    probabilities = logp.exp().flatten()
     probabilities[never] = 0
     probabilities /= probabilities.sum()
     likely = probabilities * 4000 >= 20

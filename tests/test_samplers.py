@@ -1,8 +1,19 @@
 from collections import Counter
 
 import pytest
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from rft_lightning.datamodules.samplers import EvaluationSampler, RolloutBatchSampler
+
+
+class Entries:
+    """A data set whose rows are what the sampler asks for."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, entry):
+        return entry
 
 
 def stream(size, batches, **kwargs):
@@ -44,15 +55,39 @@ def test_epochs_continue_the_stream():
     assert [*sampler, *sampler] == stream(7, 6, batch_size=2, seed=0)
 
 
-def test_state_restores_the_epoch_and_refuses_other_data():
+@pytest.mark.parametrize(("done", "rest"), [(0, [3, 4, 5]), (1, [4, 5]), (3, [6, 7, 8])])
+def test_state_restores_the_place_in_the_epoch(done, rest):
+    """Epochs of three batches; a whole epoch is followed by the next one."""
     sampler = RolloutBatchSampler(7, 2)
     list(sampler)
     iterator = iter(sampler)
-    next(iterator)
-    state = sampler.state_dict()
-    other = RolloutBatchSampler(7, 2)
-    other.load_state_dict(state)
-    assert list(other) == [sampler.batch(number) for number in (3, 4, 5)]
+    # `done == 0`: the checkpoint of the end of the first epoch.
+    for _ in range(done):
+        next(iterator)
+    resumed = RolloutBatchSampler(7, 2)
+    resumed.load_state_dict(sampler.state_dict())
+    assert resumed.state_dict() == sampler.state_dict()
+    assert list(resumed) == [sampler.batch(number) for number in rest]
+    assert next(iter(resumed)) == sampler.batch(rest[-1] + 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("done", [1, 3, 4])
+def test_a_stateful_loader_resumes_at_the_next_batch(workers, done):
+    def loader():
+        sampler = RolloutBatchSampler(7, 2)
+        return StatefulDataLoader(Entries(), batch_sampler=sampler, collate_fn=list, num_workers=workers)
+
+    whole, first, resumed = loader(), loader(), loader()
+    expected = [*whole, *whole, *whole]
+    batches = (batch for _ in range(2) for batch in first)
+    assert [next(batches) for _ in range(done)] == expected[:done]
+    resumed.load_state_dict(first.state_dict())
+    assert [*resumed, *resumed][:4] == expected[done : done + 4]
+
+
+def test_state_of_other_data_is_refused():
+    state = RolloutBatchSampler(7, 2).state_dict()
     with pytest.raises(ValueError, match="7 training rows, the data now has 8"):
         RolloutBatchSampler(8, 2).load_state_dict(state)
 

@@ -62,7 +62,8 @@ def test_few_shot_classification_has_k_rows_per_class():
 
 def test_few_shot_counts_the_kinds_that_are_drawn():
     samples = ShapesDataModule(task=ClassificationTask(), shots=1, shapes=["circle"]).split("train")
-    assert sorted(sample.target.label for sample in samples) == ["blue circle", "green circle", "red circle", "yellow circle"]
+    labels = sorted(sample.target.label for sample in samples)
+    assert labels == ["blue circle", "green circle", "red circle", "yellow circle"]
 
 
 def test_loose_boxes_enlarge_training_boxes_only():

@@ -40,12 +40,14 @@ def coordinate_frame(config: Any, processor: Any) -> CoordinateFrame:
     )
 
 
-def base_model(model: nn.Module) -> nn.Module:
-    """The Hugging Face model inside a possible adapter wrapper."""
+def base_model(model: Any) -> Any:
+    """The Hugging Face model inside a possible adapter wrapper (Any: what is used of both is declared by neither)."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def position_ids(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, vision: dict[str, Tensor]) -> Tensor | None:
+def position_ids(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, vision: dict[str, Tensor]
+) -> Tensor | None:
     """Rope positions of complete rows [rows, T]: [3, rows, T] for families with multimodal rope, else None.
 
     Given explicitly because the models otherwise reuse ``rope_deltas`` left over from an earlier ``generate``.
@@ -78,7 +80,9 @@ def end_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     return sorted(set(ends))
 
 
-def repeat_vision(vision: dict[str, Tensor], image_counts: list[int], patch_counts: list[int], times: int) -> dict[str, Tensor]:
+def repeat_vision(
+    vision: dict[str, Tensor], image_counts: list[int], patch_counts: list[int], times: int
+) -> dict[str, Tensor]:
     """The vision tensors of B prompts with everything of each prompt repeated `times` in place."""
     repeated = {}
     for name, tensor in vision.items():

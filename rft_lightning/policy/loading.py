@@ -114,7 +114,8 @@ def set_pixel_limits(processor: Any, min_pixels: int | None, max_pixels: int | N
     size = dict(images.size)
     if "longest_edge" not in size:
         raise ConfigConflictError(
-            f"{type(images).__name__} does not resize by area (its size is {size}); leave min_pixels and max_pixels out."
+            f"{type(images).__name__} does not resize by area (its size is {size}); "
+            "leave min_pixels and max_pixels out."
         )
     size["shortest_edge"] = min_pixels if min_pixels is not None else size["shortest_edge"]
     size["longest_edge"] = max_pixels if max_pixels is not None else size["longest_edge"]

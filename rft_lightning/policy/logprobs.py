@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def token_logprobs(logits_RCV: Tensor, ids_RC: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """log pi(id) of each token, in float32: [R, C].
+    """Log pi(id) of each token, in float32: [R, C].
 
     Row by row, so that only one row's float32 copy of the logits lives at a time outside autograd.
     """

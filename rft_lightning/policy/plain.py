@@ -39,7 +39,11 @@ def plain_group_logprobs(
     prompt_ids_NP = prompt.input_ids.repeat_interleave(group_size, 0)
     ids_NT = torch.cat([prompt_ids_NP, completion_ids.flatten(0, 1)], 1)
     mask_NT = torch.cat(
-        [prompt.attention_mask.repeat_interleave(group_size, 0), completion_mask.flatten(0, 1).to(prompt.attention_mask)], 1
+        [
+            prompt.attention_mask.repeat_interleave(group_size, 0),
+            completion_mask.flatten(0, 1).to(prompt.attention_mask),
+        ],
+        1,
     )
     vision = repeat_vision(prompt.vision, prompt.image_counts, prompt.patch_counts, group_size)
     if "mm_token_type_ids" in vision:

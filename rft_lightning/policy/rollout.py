@@ -19,7 +19,7 @@ from rft_lightning.sample import PromptBatch, Rollouts
 
 @torch.no_grad()
 def sample_groups(
-    model: nn.Module,
+    model: Any,
     prompts: PromptBatch,
     group_size: int,
     *,
@@ -38,7 +38,7 @@ def sample_groups(
     tokens are never sampled. The model is in eval mode with a cache during the call and left as it was found.
 
     Args:
-        model: the policy.
+        model: the policy: a Hugging Face model with ``generate``, or an adapter around one.
         prompts: B prompts, left-padded.
         group_size: G, completions per prompt.
         tokenizer: decodes the completions.
@@ -94,7 +94,7 @@ def completion_mask(ids_NC: Tensor, ends: list[int]) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _generating(model: nn.Module, settings: dict[str, Any]) -> Iterator[None]:
-    """Eval mode, and a generation config that holds our settings alone (unset fields would come from the checkpoint)."""
+    """Eval mode, and a generation config of our settings alone (unset fields would come from the checkpoint)."""
     from transformers import GenerationConfig
 
     inner = base_model(model)

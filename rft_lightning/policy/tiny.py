@@ -9,8 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Qwen2-VL's own template for one turn of text and images.
 CHAT_TEMPLATE = (
@@ -25,11 +29,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
+    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 
 
-def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> object:
+def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE over `corpus` that encodes any text.
 
     Digits stay single, as in Qwen2; everything between digits may merge across words, so that the fixed parts of
@@ -70,9 +75,10 @@ def build_tiny(
     width: int = 128,
     layers: int = 3,
     vision_width: int = 96,
-    vision_layers: int = 3,
+    vision_layers: int = 2,
     patch_size: int = 7,
-    image_side: int = 56,
+    image_side: int = 42,
+    rope_theta: float = 10.0,
     seed: int = 0,
 ) -> Path:
     """Write a randomly initialised Qwen2-VL to `folder`.
@@ -87,6 +93,8 @@ def build_tiny(
         vision_layers: vision blocks.
         patch_size: side of a patch in pixels; four patches make one image token.
         image_side: pictures are resized to about this many pixels squared.
+        rope_theta: base of the rotary frequencies. With Qwen2's 10^6 the parts of a short head that encode rows and
+            columns would turn by less than 0.01 rad per image token, and places could hardly be told apart.
         seed: seed of the weights.
 
     Returns:
@@ -97,17 +105,17 @@ def build_tiny(
 
     folder = Path(folder)
     tokenizer = train_tokenizer(corpus, vocabulary)
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}  # type: ignore[attr-defined]
+    ids = tokenizer.get_vocab()
     config = Qwen2VLConfig(
         text_config={
-            "vocab_size": len(tokenizer),  # type: ignore[arg-type]
+            "vocab_size": len(tokenizer),
             "hidden_size": width,
             "intermediate_size": 3 * width,
             "num_hidden_layers": layers,
             "num_attention_heads": width // 32,
             "num_key_value_heads": max(1, width // 64),
             "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta, "mrope_section": [4, 6, 6]},
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
@@ -131,15 +139,15 @@ def build_tiny(
     )
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(config)
+    _scale_to_fan_in(model)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     pixels = image_side * image_side
     size = {"shortest_edge": pixels // 2, "longest_edge": pixels}
-    settings = {"size": size, "patch_size": patch_size, "merge_size": 2, "temporal_patch_size": 2}
     processor = Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**settings),
+        image_processor=Qwen2VLImageProcessor(size=size, patch_size=patch_size, merge_size=2, temporal_patch_size=2),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**settings),
+        video_processor=Qwen2VLVideoProcessor(size=size, patch_size=patch_size, merge_size=2, temporal_patch_size=2),
         chat_template=CHAT_TEMPLATE,
     )
     model.save_pretrained(folder)
@@ -147,14 +155,22 @@ def build_tiny(
     return folder
 
 
+@torch.no_grad()
+def _scale_to_fan_in(model: torch.nn.Module) -> None:
+    """Weights with a standard deviation of 1 / sqrt(inputs): the usual 0.02 is made for widths in the thousands."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and "embed_tokens" not in name:
+            parameter.normal_(0.0, parameter[0].numel() ** -0.5)
+
+
 def shapes_corpus(rows: int = 3000, seed: int = 0) -> list[str]:
-    """Conversations about coloured shapes in every task's wording, with random boxes: what the tokenizer is fitted to."""
+    """Conversations about coloured shapes in every task's wording, with random boxes, to fit the tokenizer to."""
     from rft_lightning.frames import CoordinateFrame
-    from rft_lightning.sample import ClassTarget, DetectionTarget, GroundingTarget, Target
+    from rft_lightning.sample import ClassTarget, DetectionTarget, GroundingTarget, Target, as_boxes
     from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask, Task
 
     generator = torch.Generator().manual_seed(seed)
-    frame, size = CoordinateFrame(), (1000, 1000)
+    frame, size, box = CoordinateFrame(), (1000, 1000), as_boxes([1, 2, 300, 400])
 
     def pick(words: tuple[str, ...]) -> str:
         return words[int(torch.randint(len(words), (1,), generator=generator))]
@@ -171,7 +187,7 @@ def shapes_corpus(rows: int = 3000, seed: int = 0) -> list[str]:
         pairs: list[tuple[Task, Target]] = [
             (DetectionTask(), DetectionTarget(boxes(), category=pick(kinds), image_size=size)),
             (ClassificationTask(), ClassTarget(name)),
-            (GroundingTask(), GroundingTarget([[1, 2, 300, 400]], expression=f"the {name}", image_size=size)),
+            (GroundingTask(), GroundingTarget(box, expression=f"the {name}", image_size=size)),
         ]
         for task, target in pairs:
             texts.append(task.question(target, frame))

@@ -94,7 +94,7 @@ def _strict_confidence(answer: Answer, target: DetectionTarget) -> float:
 
 def _strict_without_boxes(answer: Answer, target: DetectionTarget) -> float:
     # Saying nothing is not saying that there is nothing, hence no_objects and not just an empty list of boxes.
-    return float(answer.no_objects and len(answer.boxes) == 0 and len(target.boxes) == 0)
+    return float(bool(answer.no_objects) and len(answer.boxes) == 0 and len(target.boxes) == 0)
 
 
 def _predictions(answer: Answer) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,9 @@ Reward = Callable[..., float | None]
 
 
 class Task(ABC):
-    """Question, solution, reading and rewards of one kind of answer. Rewards live here, so that swapping the
-    datamodule swaps prompts and rewards together.
+    """Question, solution, reading and rewards of one kind of answer.
+
+    Rewards live here, so that swapping the datamodule swaps prompts and rewards together.
 
     Args:
         rules: ``strict`` (hardened, default), ``paper`` (the paper's equations) or ``published_code`` (what the
@@ -91,16 +92,19 @@ class Task(ABC):
             value = function(answer, target, rules=self.rules, step=step)
             if value is not None and not math.isfinite(value):
                 raise NonFiniteError(
-                    f"Reward {name!r} returned {value} for sample {sample_id!r} on the completion {answer.text[:200]!r}. "
-                    "A reward must be a finite number, or None where it does not apply."
+                    f"Reward {name!r} returned {value} for sample {sample_id!r} on the completion "
+                    f"{answer.text[:200]!r}. A reward must be a finite number, or None where it does not apply."
                 )
             values.append(math.nan if value is None else float(value))
         return torch.tensor(values, dtype=torch.float32)
 
 
 def read_text(text: str) -> tuple[Answer, list[list[float]], list[float]]:
-    """The part of reading that all tasks share: an Answer without boxes that is not yet called parsed, and the boxes and
-    confidences as written."""
+    """The part of reading that all tasks share.
+
+    Returns:
+        an Answer without boxes that is not yet called parsed, and the boxes and confidences as written.
+    """
     parsed = parse_answer(text)
     answer = Answer(
         text=text,

@@ -28,7 +28,9 @@ class ClassificationTask(Task):
     """
 
     name = "classification"
-    default_template = "This is an image containing {subject}. Please identify {noun} based on the image.{choices}" + _TAIL
+    default_template = (
+        "This is an image containing {subject}. Please identify {noun} based on the image.{choices}" + _TAIL
+    )
 
     def __init__(
         self,
