@@ -82,18 +82,26 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the epoch that is being iterated; StatefulDataLoader leaves it to a sampler that has a state."""
-        return {"first": self._first, "done": self._done, "length": len(self), "size": self.size}
+        width = self.batch_size * self.world_size
+        return {"first": self._first, "done": self._done, "length": len(self), "size": self.size, "width": width}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the last batch that was handed out; with the next epoch, if that was the last of its own.
 
         Raises:
-            ValueError: the training split has another number of rows than when the checkpoint was written.
+            ValueError: the training split has another number of rows, or the global batch another size, than when the
+                checkpoint was written.
         """
         if state["size"] != self.size:
             raise ValueError(
                 f"The checkpoint was written with {state['size']} training rows, the data now has {self.size}; "
                 "resume with the same data settings, or start a new run from the exported policy."
+            )
+        if state["width"] != self.batch_size * self.world_size:
+            raise ValueError(
+                f"The checkpoint was written with {state['width']} prompts per global batch, now there are "
+                f"{self.batch_size} on each of {self.world_size} processes; set data.batch_size so that their product "
+                "is the same, or start a new run from the exported policy."
             )
         self._first, self._done = state["first"], state["done"]
         at_end = self._done >= state["length"]

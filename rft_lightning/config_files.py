@@ -7,6 +7,7 @@ the rules of repeated `--config` options: the including file wins, key by key.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -25,7 +26,7 @@ def install_loader() -> None:
             return data
         base_file = jsonargparse.Path(data.pop("config"), mode="fr")
         with base_file.relative_path_context():
-            base = load_with_base(base_file.get_content())
+            base = load_with_base(Path(base_file.absolute).read_text(encoding="utf-8"))
         return merge(base, data)
 
     load_with_base.resolves_base = True  # type: ignore[attr-defined]

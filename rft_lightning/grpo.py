@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -116,9 +117,10 @@ class GRPOModule(PolicyModule):
         self._reference: tuple[nn.Module, ...] = ()
 
     def configure_model(self) -> None:
-        """Load the policy and, with beta > 0, keep a frozen copy of it as it starts."""
+        """Load the policy and, to train with beta > 0, keep a frozen copy of it as it starts."""
         super().configure_model()
-        if self.objective.beta > 0 and not self._reference:
+        evaluating = self._trainer is not None and self._trainer.state.fn != "fit"
+        if self.objective.beta > 0 and not self._reference and not evaluating:
             assert self.policy is not None
             self._reference = (frozen_copy(self.policy),)
 
@@ -317,9 +319,21 @@ class GRPOModule(PolicyModule):
         for name, column in zip(scores.names, scores.rewards.T, strict=True):
             values[f"rewards/{name}/mean"] = column.nanmean()
         shown = {"reward", "kl", "completions/mean_length", "time/rollout", "time/update"}
-        for name, value in values.items():
-            self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=len(rollouts), sync_dist=True)
+        for name, value in self._averaged({name: float(value) for name, value in values.items()}).items():
+            self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=len(rollouts))
         self.log("train/learning_rate", self._scheduler().get_last_lr()[0])
+
+    def _averaged(self, values: dict[str, float]) -> dict[str, float]:
+        """Means over the processes that have a number: ranks of a mixture may hold different rewards."""
+        gathered: list[dict[str, float]] = [values]
+        if self.trainer.world_size > 1:
+            gathered = [{} for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(gathered, values)
+        means = {}
+        for name in dict.fromkeys(name for local in gathered for name in local):
+            numbers = [local[name] for local in gathered if not math.isnan(local.get(name, math.nan))]
+            means[name] = sum(numbers) / len(numbers) if numbers else math.nan
+        return means
 
 
 def join_rollouts(batch: PromptBatch, parts: list[Rollouts], pad: int) -> Rollouts:

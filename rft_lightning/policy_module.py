@@ -160,9 +160,9 @@ class PolicyModule(LightningModule):
                 self.manual_backward(loss)
             losses.append(loss.detach())
         total = torch.stack(losses).sum()
+        self._check_finite(total, names)  # before clipping, which would spread one NaN over every gradient
         if self.max_grad_norm is not None:
             self.clip_gradients(optimizer, gradient_clip_val=self.max_grad_norm, gradient_clip_algorithm="norm")
-        self._check_finite(total, names)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()

@@ -236,6 +236,17 @@ def test_samples_follow_the_policy(policy, data, tokenizer):
     assert ((counts[likely] / 4000 - probabilities[likely]).abs() / spread).max() < 4.5
 
 
+def test_the_checkpoints_generation_settings_do_not_reach_the_rollout(policy, batch, tokenizer):
+    settings = {"tokenizer": tokenizer, "max_completion_length": 8, "seed": 3}
+    expected = sample_groups(policy, batch, 4, **settings)
+    before = policy.generation_config.to_dict()
+    policy.generation_config.update(top_k=1, temperature=0.01, repetition_penalty=5.0, min_new_tokens=8, do_sample=False)
+    found = sample_groups(policy, batch, 4, **settings)
+    assert policy.generation_config.top_k == 1
+    policy.generation_config.update(**before)
+    assert torch.equal(found.completion_ids, expected.completion_ids)
+
+
 def test_image_placeholders_are_never_sampled(tiny_policy, batch, tokenizer):
     model = load_policy(tiny_policy)
     image, start = model.config.image_token_id, model.config.vision_start_token_id

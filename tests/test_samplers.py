@@ -92,6 +92,17 @@ def test_state_of_other_data_is_refused():
         RolloutBatchSampler(8, 2).load_state_dict(state)
 
 
+def test_state_of_another_global_batch_is_refused_and_of_another_cut_of_it_is_not():
+    sampler = RolloutBatchSampler(16, 4)
+    next(iter(sampler))
+    with pytest.raises(ValueError, match=r"4 prompts per global batch, now there are 4 on each of 2"):
+        RolloutBatchSampler(16, 4, world_size=2).load_state_dict(sampler.state_dict())
+    half = RolloutBatchSampler(16, 2, world_size=2)
+    half.load_state_dict(sampler.state_dict())
+    assert next(iter(half)) == sampler.batch(1)[:2]
+
+
+
 def test_evaluation_splits_rows_without_padding():
     parts = [list(EvaluationSampler(7, rank=rank, world_size=3)) for rank in range(3)]
     assert sorted(row for part in parts for row, _ in part) == list(range(7))
