@@ -42,7 +42,7 @@ types: $(INSTALLED_DEV) ## mypy
 
 clean: ## remove what building and testing leave behind; keeps the virtual environment and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find rft_lightning datamodules callbacks configs tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
+	find rft_lightning datamodules callbacks configs tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null 2>&1 || { \

@@ -8,6 +8,7 @@ from rft_lightning.callbacks.grounding_iou import GroundingIoU
 from rft_lightning.callbacks.hf_export import HFExport
 from rft_lightning.callbacks.label_accuracy import LabelAccuracy
 from rft_lightning.callbacks.predictions import PredictionWriter
+from rft_lightning.callbacks.progress import RolloutProgressBar
 
 __all__ = [
     "BeforeAfter",
@@ -18,4 +19,5 @@ __all__ = [
     "MetricCallback",
     "PredictionWriter",
     "RolloutCheckpoint",
+    "RolloutProgressBar",
 ]

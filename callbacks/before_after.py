@@ -145,7 +145,7 @@ class BeforeAfter(Callback):
                 self.curves[name].append((trainer.global_step, float(value)))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._print(self._write())
 
     def _write(self) -> list[Path]:

@@ -15,6 +15,7 @@ from rft_lightning.datamodules.samplers import EvaluationSampler, RolloutBatchSa
 from rft_lightning.errors import ConfigConflictError, DatasetNotFoundError
 from rft_lightning.prompts import PromptEncoder
 from rft_lightning.sample import PromptBatch, Sample
+from rft_lightning.seeding import run_seed
 
 
 class SampleDataset(Dataset):
@@ -41,7 +42,7 @@ class RFTDataModule(LightningDataModule, ABC):
         batch_size: prompts per rollout and process.
         eval_batch_size: prompts per validation, test or prediction batch and process.
         num_workers: worker processes of each loader.
-        seed: seed of the few-shot draw and of the order of the training rows.
+        seed: seed of the few-shot draw and of the order of the training rows; the run's `seed_everything` when None.
         min_pixels: fewest pixels of an image after resizing; the checkpoint's own when null.
         max_pixels: most pixels of an image after resizing; the checkpoint's own when null.
         system_prompt: text of a system turn; null leaves it to the chat template.
@@ -58,7 +59,7 @@ class RFTDataModule(LightningDataModule, ABC):
         batch_size: int = 8,
         eval_batch_size: int = 16,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         system_prompt: str | None = None,
@@ -70,7 +71,7 @@ class RFTDataModule(LightningDataModule, ABC):
                 raise ConfigConflictError(f"Expected {name} >= 1, found {value}.")
         self.processor = processor
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.seed = seed
+        self.seed = run_seed(seed)
         self._encoder_settings: dict[str, Any] = {
             "min_pixels": min_pixels,
             "max_pixels": max_pixels,

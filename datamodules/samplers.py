@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from rft_lightning.errors import ConfigConflictError
+
 
 class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of prompts for rollouts: an endless shuffled stream, cut into global batches, each cut by rank.
@@ -89,16 +91,16 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
         """Continue after the last batch that was handed out; with the next epoch, if that was the last of its own.
 
         Raises:
-            ValueError: the training split has another number of rows, or the global batch another size, than when the
-                checkpoint was written.
+            ConfigConflictError: the training split has another number of rows, or the global batch another size, than
+                when the checkpoint was written.
         """
         if state["size"] != self.size:
-            raise ValueError(
+            raise ConfigConflictError(
                 f"The checkpoint was written with {state['size']} training rows, the data now has {self.size}; "
                 "resume with the same data settings, or start a new run from the exported policy."
             )
         if state["width"] != self.batch_size * self.world_size:
-            raise ValueError(
+            raise ConfigConflictError(
                 f"The checkpoint was written with {state['width']} prompts per global batch, now there are "
                 f"{self.batch_size} on each of {self.world_size} processes; set data.batch_size so that their product "
                 "is the same, or start a new run from the exported policy."

@@ -179,17 +179,19 @@ class ShapesDataModule(RFTDataModule):
 
     def _check(self) -> None:
         unknown = set(self.shapes) - set(SHAPES)
-        if unknown or not self.shapes:
-            raise ConfigConflictError(f"Expected shapes among {', '.join(SHAPES)}, found {sorted(unknown) or 'none'}.")
+        if unknown or not self.shapes or len(set(self.shapes)) < len(self.shapes):
+            raise ConfigConflictError(
+                f"Expected shapes among {', '.join(SHAPES)}, each once, found {list(self.shapes)}."
+            )
         if not 0 < self.min_side <= self.max_side <= 1:
             raise ConfigConflictError(
                 f"Expected 0 < min_side <= max_side <= 1, found {self.min_side} and {self.max_side}."
             )
         if self.shots is not None and self.shots < 1:
             raise ConfigConflictError(f"Expected shots >= 1 or null, found {self.shots}.")
-        if self.max_shapes < 1 or self.loose_boxes < 1 or not 0 <= self.negative_fraction <= 1:
+        if self.max_shapes < 1 or self.loose_boxes < 1 or not 0 <= self.negative_fraction < 1:
             raise ConfigConflictError(
-                f"Expected max_shapes >= 1, loose_boxes >= 1 and 0 <= negative_fraction <= 1, found "
+                f"Expected max_shapes >= 1, loose_boxes >= 1 and 0 <= negative_fraction < 1, found "
                 f"{self.max_shapes}, {self.loose_boxes} and {self.negative_fraction}."
             )
 

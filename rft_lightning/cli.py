@@ -31,11 +31,14 @@ class RFTCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "rollout": {"model", "datamodule"}}
 
     def before_instantiate_classes(self) -> None:
-        """Refuse FSDP1 by name, before the Trainer looks for a GPU and says something else."""
-        strategy = self.config[self.config.subcommand].trainer.strategy
+        """Settle what the Trainer would refuse in words that do not help."""
+        trainer = self.config[self.config.subcommand].trainer
+        strategy = trainer.strategy
         name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
-        if name in ("fsdp", "fsdp_cpu_offload") or name.endswith("FSDPStrategy"):
+        if name in ("fsdp", "fsdp_cpu_offload", "fsdp2") or name.endswith("FSDPStrategy"):
             raise ConfigConflictError(FSDP_MESSAGE)
+        if trainer.enable_progress_bar is False and trainer.callbacks:
+            trainer.callbacks = [c for c in trainer.callbacks if not c.class_path.endswith("ProgressBar")]
 
     def instantiate_classes(self) -> None:
         """Lightning's; a named error of a constructor leaves as itself, not wrapped by jsonargparse."""
@@ -123,5 +126,11 @@ def main(args: ArgsType = None) -> None:
     except RFTError as error:
         if args is not None:
             raise
-        print(f"rft: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"rft: {type(error).__name__}: {_message(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _message(error: RFTError) -> str:
+    """The text of an error; of one from a DataLoader worker, which arrives as a whole traceback, its last part."""
+    text = str(error)
+    return text.rsplit(f"{type(error).__name__}: ", 1)[-1].strip() if text.startswith("Caught ") else text

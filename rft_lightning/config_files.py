@@ -1,8 +1,8 @@
 """`config: base.yaml` inside a configuration file: start from another file.
 
 jsonargparse replaces whole groups when a file includes another one (checked with 4.53), so that a file which sets
-`trainer.max_steps` loses every other trainer setting of its base. Files are therefore merged here, before parsing, with
-the rules of repeated `--config` options: the including file wins, key by key.
+`trainer.max_steps` loses every other trainer setting of its base. Files are therefore merged here, before parsing: the
+including file wins, key by key.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def merge(base: Any, over: Any) -> Any:
     """
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
-    if "class_path" in over and over["class_path"] != base.get("class_path"):
+    if "class_path" in over and _class_name(over) != _class_name(base):
         return over
     merged = dict(base)
     for key, value in over.items():
@@ -51,3 +51,8 @@ def merge(base: Any, over: Any) -> Any:
         else:
             merged[key] = merge(merged.get(key), value)
     return merged
+
+
+def _class_name(block: dict[str, Any]) -> str:
+    """The last part: a class may be named by its full path, by a shorter public one, or bare."""
+    return str(block.get("class_path")).rsplit(".", 1)[-1]

@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from rft_lightning.policy.loading import frozen_copy
 from rft_lightning.policy.plain import plain_group_logprobs
 from rft_lightning.policy_module import PolicyModule
 from rft_lightning.sample import PromptBatch, Rollouts
+from rft_lightning.seeding import derived_seed
 
 
 @dataclass
@@ -125,10 +125,14 @@ class GRPOModule(PolicyModule):
             self._reference = (frozen_copy(self.policy),)
 
     def on_fit_start(self) -> None:
-        """Move the reference model, which Lightning does not know, and check the number of steps."""
+        """Move the reference model, which Lightning does not know."""
+        super().on_fit_start()
         for reference in self._reference:
             reference.to(self.device)
-        self._check_max_steps()
+
+    def steps_per_batch(self, batch_size: int) -> int:
+        """Optimiser steps that a rollout batch of `batch_size` prompts makes."""
+        return self.num_iterations * super().steps_per_batch(batch_size)
 
     # One rollout batch
 
@@ -239,7 +243,8 @@ class GRPOModule(PolicyModule):
 
     def _mini_step(self, mini: list[MicroBatch]) -> dict[str, Tensor]:
         completions = sum(len(micro.advantages) for micro in mini)
-        collected: list[tuple[int, dict[str, Tensor]]] = []
+        tokens = sum(int(micro.rollouts.completion_mask.sum()) for micro in mini)
+        collected: list[tuple[float, float, dict[str, Tensor]]] = []
 
         def loss_of(micro: MicroBatch) -> Tensor:
             logp, entropy = self._logprobs(self.policy, micro.rollouts, with_entropy=True)
@@ -253,14 +258,17 @@ class GRPOModule(PolicyModule):
                 entropy=entropy,
                 normalizer=completions,
             )
-            collected.append((len(micro.advantages), stats))
+            collected.append((len(micro.advantages) / completions, int(mask.sum()) / tokens, stats))
             return loss
 
         names = [sample.id for micro in mini for sample in micro.rollouts.prompts.samples]
         loss = self.optimiser_step(mini, loss_of, names)
+        # kl_sequence is a mean over completions, all other statistics are means over tokens.
         averaged = {
-            name: torch.stack([stats[name] * (count / completions) for count, stats in collected]).sum()
-            for name in collected[0][1]
+            name: torch.stack(
+                [stats[name] * (rows if name == "kl_sequence" else part) for rows, part, stats in collected]
+            ).sum()
+            for name in collected[0][2]
         }
         return {"loss": loss, **averaged}
 
@@ -282,22 +290,7 @@ class GRPOModule(PolicyModule):
 
     def _rollout_seed(self, chunk: int) -> int:
         """A function of run seed, optimiser step, process and chunk: a resumed run samples what it would have."""
-        words = [self.seed, self.global_step, self.global_rank, chunk]
-        return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
-
-    def _check_max_steps(self) -> None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        size = None if datamodule is None else datamodule.batch_size
-        if size is None or self.trainer.max_steps < 0:
-            return
-        steps = self.num_iterations * -(-size // (self.mini_batch_prompts or size))
-        if self.trainer.max_steps % steps:
-            raise ConfigConflictError(
-                f"trainer.max_steps is {self.trainer.max_steps}, but each rollout batch makes {steps} optimiser steps "
-                f"(num_iterations {self.num_iterations} x {steps // self.num_iterations} mini-batches). A run stopped "
-                f"inside a batch cannot be resumed exactly: use a multiple of {steps}, such as "
-                f"{-(-self.trainer.max_steps // steps) * steps}."
-            )
+        return derived_seed(self.seed, self.global_step, self.global_rank, chunk)
 
     def _log_batch(
         self, rollouts: Rollouts, scores: Scores, statistics: dict[str, Tensor], seconds: dict[str, float]

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rft_lightning.errors import ConfigConflictError, NonFiniteError
+from rft_lightning.errors import CheckpointError, ConfigConflictError, NonFiniteError
 from rft_lightning.policy.loading import load_policy, load_processor
 from rft_lightning.policy.rollout import sample_groups
 from rft_lightning.sample import Prediction, PromptBatch, Rollouts
+from rft_lightning.seeding import run_seed
 
 T = TypeVar("T")
 
 FSDP_MESSAGE = (
-    "The strategy fsdp (FSDP1) cannot run manual optimisation, which these modules use. The supported sharding is "
+    "The strategy fsdp (FSDP1) cannot run manual optimisation, which these modules use. The sharding to come is "
     "`fsdp2`, which is not registered yet in this version; use --trainer.strategy ddp."
 )
 
@@ -38,14 +39,15 @@ class PolicyModule(LightningModule):
         schedule: learning-rate schedule over `trainer.max_steps`: linear (decay to 0), cosine or constant.
         warmup_steps: optimiser steps of linear warm-up before `schedule`.
         lr_scheduler: builds another scheduler, stepped once per optimiser step; replaces `schedule`.
-        dtype: dtype of the weights in memory: float32 (with `trainer.precision: bf16-mixed` on GPU) or bfloat16.
+        dtype: dtype of the weights in memory: float32 (with `trainer.precision: bf16-mixed` on GPU) or bfloat16, in
+            which an update of 1e-6 to a weight above 3e-4 is rounded away: raise the learning rate.
         attn_implementation: attention kernel, as transformers names it.
         mini_batch_prompts: prompts per optimiser step and process; the whole batch when None.
         micro_batch_prompts: prompts per forward and backward pass; bounds the memory. The mini-batch when None.
         max_grad_norm: global norm to which gradients are clipped; None does not clip.
         max_completion_length: most tokens of a completion, in rollouts and in evaluation.
         eval_temperature: temperature in validation, test and prediction; 0 is greedy.
-        seed: seed of the sampling noise.
+        seed: seed of the sampling noise; the run's `seed_everything` when None.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class PolicyModule(LightningModule):
         max_grad_norm: float | None = 1.0,
         max_completion_length: int = 256,
         eval_temperature: float = 0.0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if schedule not in ("linear", "cosine", "constant"):
@@ -78,11 +80,29 @@ class PolicyModule(LightningModule):
         self.dtype_name, self.attn_implementation = dtype, attn_implementation
         self.mini_batch_prompts, self.micro_batch_prompts = mini_batch_prompts, micro_batch_prompts
         self.max_grad_norm = max_grad_norm
-        self.max_completion_length, self.eval_temperature, self.seed = max_completion_length, eval_temperature, seed
+        self.max_completion_length, self.eval_temperature = max_completion_length, eval_temperature
+        self.seed = run_seed(seed)
         self.policy: nn.Module | None = None
         self.processor: Any = None
 
     # Set-up
+
+    def steps_per_batch(self, batch_size: int) -> int:
+        """Optimiser steps that a training batch of `batch_size` prompts makes."""
+        return -(-batch_size // (self.mini_batch_prompts or batch_size))
+
+    def on_fit_start(self) -> None:
+        """A run stopped inside a training batch could not be resumed exactly, so `max_steps` must not fall there."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or self.trainer.max_steps < 0:
+            return
+        steps, wanted = self.steps_per_batch(data.batch_size), self.trainer.max_steps
+        if wanted % steps:
+            raise ConfigConflictError(
+                f"trainer.max_steps is {wanted}, but each training batch makes {steps} optimiser steps (mini-batches "
+                "times iterations). A run stopped inside a batch cannot be resumed exactly: use a multiple of "
+                f"{steps}, such as {-(-wanted // steps) * steps}."
+            )
 
     def configure_callbacks(self) -> list:
         """Refuse trainer settings that contradict this module.
@@ -125,6 +145,24 @@ class PolicyModule(LightningModule):
             )
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         return get_scheduler(name, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max(steps, 1))
+
+    def load_for_sampling(self, ckpt_path: str | None = None) -> None:
+        """Load the policy without a Trainer, from its start or from a checkpoint of `fit`.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it holds another model.
+        """
+        PolicyModule.configure_model(self)  # a reference model would be of no use
+        if ckpt_path is None:
+            return
+        try:
+            state = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
+            self.load_state_dict(state)
+        except (OSError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{ckpt_path} does not hold this policy: {str(error).splitlines()[0]} Expected a .ckpt file that `fit` "
+                "wrote with the same model.policy."
+            ) from error
 
     # The optimiser step
 
@@ -184,12 +222,16 @@ class PolicyModule(LightningModule):
         if float(everywhere) == 1.0:
             return
         self._optimizer().zero_grad()
-        if bool(ok):
-            raise NonFiniteError("The loss or a gradient is not finite on another process; see its message.")
+        # A reduced gradient is not finite everywhere; the samples to look at are those of a process with a bad loss.
+        culprits: list[list[str]] = [[] if bool(finite) else list(names)]
+        if self.trainer.world_size > 1:
+            local, culprits = culprits[0], [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(culprits, local)
+        named = [name for process in culprits for name in process] or list(names)
         bad = [] if norms is None else [n for n, fine in zip(gradients, norms.tolist(), strict=True) if not fine]
         raise NonFiniteError(
             f"Step {self.global_step}: the loss is {float(loss)} and {len(bad)} gradients are not finite "
-            f"({', '.join(bad[:5]) or 'none'}). Samples of the step: {', '.join(names[:16])}. The weights are those of "
+            f"({', '.join(bad[:5]) or 'none'}). Samples of the step: {', '.join(named[:16])}. The weights are those of "
             "the last step, and the last checkpoint is unharmed. Lower the learning rate or look at these samples."
         )
 
@@ -230,6 +272,11 @@ def check_trainer(trainer: Any) -> None:
     """
     if isinstance(trainer.strategy, FSDPStrategy):
         raise ConfigConflictError(FSDP_MESSAGE)
+    if trainer.precision in ("16-mixed", "16-true", "bf16-true"):
+        raise ConfigConflictError(
+            f"trainer.precision is {trainer.precision}: float16 needs loss scaling, which manual steps do not do, and "
+            "bf16-true would round the targets. Use bf16-mixed, or 32-true; model.dtype sets the dtype of the weights."
+        )
     if trainer.accumulate_grad_batches != 1:
         raise ConfigConflictError(
             f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}. One batch is already split into "

@@ -12,15 +12,6 @@ from rft_lightning.policy.families import coordinate_frame
 from rft_lightning.policy.loading import load_config, load_processor
 from rft_lightning.sample import PromptBatch, Sample
 
-# The R1-style system prompt of the published code. It is off by default there and here (reference runs used the chat
-# template's own default), and is offered for checkpoints trained with it.
-R1_SYSTEM_PROMPT = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant "
-    "first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning "
-    "process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., "
-    "<think> reasoning process here </think><answer> answer here </answer>"
-)
-
 
 class PromptEncoder:
     """Samples -> PromptBatch, by the chat template and the image processor of a checkpoint.

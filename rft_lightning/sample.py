@@ -231,10 +231,6 @@ class PromptBatch:
         """The same batch with its tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, **kwargs))
 
-    def pin_memory(self) -> PromptBatch:
-        """The same batch in page-locked memory (called by the DataLoader)."""
-        return self._map(Tensor.pin_memory)
-
     def _map(self, function: Any) -> PromptBatch:
         return replace(
             self,

@@ -18,6 +18,7 @@ class RFTTrainer(Trainer):
         split: str = "train",
         group_size: int | None = None,
         temperature: float | None = None,
+        ckpt_path: str | None = None,
     ) -> None:
         """Draw a group of answers for a few samples and print questions, answers, rewards and advantages.
 
@@ -30,9 +31,17 @@ class RFTTrainer(Trainer):
             split: train, val or test.
             group_size: answers per sample; the model's own when None.
             temperature: sampling temperature; the model's own when None.
+            ckpt_path: a checkpoint of `fit` whose policy answers; the policy as it starts when None.
         """
         from rft_lightning.report.rollout import print_rollouts
 
         print_rollouts(
-            model, datamodule, num_samples=num_samples, split=split, group_size=group_size, temperature=temperature
+            model,
+            datamodule,
+            num_samples=num_samples,
+            split=split,
+            group_size=group_size,
+            temperature=temperature,
+            ckpt_path=ckpt_path,
+            trainer=self,
         )

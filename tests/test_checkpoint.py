@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from rft_lightning import GRPOModule, SFTModule
-from rft_lightning.callbacks import DetectionMAP, RolloutCheckpoint
+from rft_lightning.callbacks import RolloutCheckpoint
 from rft_lightning.datamodules import ShapesDataModule
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.tasks import DetectionTask
@@ -126,20 +127,30 @@ def test_a_failed_write_keeps_the_previous_checkpoint(tiny_policy, make_trainer,
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
 
 
-def test_keeps_the_best_by_a_validation_metric(tiny_policy, make_trainer, tmp_path):
-    callback = RolloutCheckpoint(every_n_steps=1, monitor="val/parse_rate", mode="max", keep=2, dirpath=str(tmp_path))
+class Scores(Callback):
+    """Logs a given score at each validation."""
+
+    def __init__(self, scores):
+        self.scores = iter(scores)
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/score", next(self.scores))
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("max", [2, 3]), ("min", [1, 4])])
+def test_keeps_the_best_by_a_validation_metric(tiny_policy, make_trainer, tmp_path, mode, kept):
+    callback = RolloutCheckpoint(every_n_steps=1, monitor="val/score", mode=mode, keep=2, dirpath=str(tmp_path))
     trainer = make_trainer(
         4,
-        callbacks=[DetectionMAP(), callback],
+        callbacks=[Scores([0.1, 0.9, 0.5, 0.3]), callback],
         limit_val_batches=1.0,
         val_check_interval=1,
         check_val_every_n_epoch=None,
     )
     trainer.fit(grpo(tiny_policy), datamodule=data(tiny_policy))
     names = sorted(file.name for file in tmp_path.iterdir())
-    assert len(names) == 3
-    assert names[-1] == "last.ckpt"
-    assert Path(callback.best_model_path).name in names
+    assert names == [*(f"best-step={step}.ckpt" for step in kept), "last.ckpt"]
+    assert Path(callback.best_model_path).name == f"best-step={2 if mode == 'max' else 1}.ckpt"
 
 
 def test_sft_resumes_exactly_too(tiny_policy, make_trainer, tmp_path):

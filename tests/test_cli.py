@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rft_lightning.cli import main
-from rft_lightning.errors import ConfigConflictError
+from rft_lightning.errors import CheckpointError, ConfigConflictError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -44,8 +44,12 @@ def test_the_saved_config_starts_the_same_run_again(quick, tmp_path):
     saved = next(iter(tmp_path.rglob("config.yaml")))
     main(["fit", "--config", str(saved)])
     first, second = sorted(tmp_path.rglob("metrics.csv"))
-    pick = lambda file: [row["train/reward"] for row in csv.DictReader(file.open()) if row["train/reward"]]  # noqa: E731
-    assert pick(first) == pick(second)
+
+    def entropies(file):
+        return [row["train/entropy"] for row in csv.DictReader(file.open()) if row.get("train/entropy")]
+
+    assert entropies(first) == entropies(second)
+    assert float(entropies(first)[0]) > 0
 
 
 def test_sft_overlay_runs_on_the_same_task(quick):
@@ -127,3 +131,29 @@ def test_from_a_terminal_an_error_is_one_line_and_status_2(tmp_path, tiny_policy
     assert "group_size is 1, expected at least 2" in result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_a_loader_worker_is_one_line_too(tmp_path, tiny_policy):
+    command = [sys.executable, "-m", "rft_lightning", "fit", "--config", str(CONFIGS / "quickstart.yaml")]
+    result = subprocess.run(
+        [*command, "--model.policy", tiny_policy, "--data.num_workers", "1", "--data.max_prompt_length", "5",
+         "--data.val_size", "4", "--data.shots", "2"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("rft: ")]
+    assert "max_prompt_length=5" in line
+    assert "Traceback" not in result.stderr
+
+
+def test_the_progress_bar_can_be_switched_off(quick):
+    main(["fit", *quick, "--trainer.enable_progress_bar", "false", "--trainer.fast_dev_run", "1"])
+
+
+def test_rollout_reads_a_checkpoint(quick, tmp_path, capsys):
+    main(["fit", *quick, "--trainer.max_steps", "1"])
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    main(["rollout", *quick, "--num_samples", "1", "--ckpt_path", str(checkpoint)])
+    assert "advantage" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"gone.ckpt does not hold this policy"):
+        main(["rollout", *quick, "--num_samples", "1", "--ckpt_path", str(tmp_path / "gone.ckpt")])

@@ -23,6 +23,12 @@ def test_a_changed_class_brings_none_of_the_old_arguments():
     assert merge(base, same)["opt"]["init_args"] == {"lr": 3, "weight_decay": 2}
 
 
+def test_a_class_may_be_named_by_another_spelling_of_its_path():
+    base = {"opt": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1, "weight_decay": 0}}}
+    over = {"opt": {"class_path": "AdamW", "init_args": {"lr": 3}}}
+    assert merge(base, over)["opt"]["init_args"] == {"lr": 3, "weight_decay": 0}
+
+
 def test_lists_are_replaced_and_appended_with_a_plus():
     assert merge({"a": [1]}, {"a": [2]}) == {"a": [2]}
     assert merge({"a": [1]}, {"a+": [2]}) == {"a": [1, 2]}
@@ -67,7 +73,7 @@ def test_the_papers_values_reach_a_task_file():
     assert model["optimizer"]["init_args"]["weight_decay"] == 0.0
     assert model["schedule"] == "linear"
     assert config["data"]["init_args"]["max_pixels"] == 401408
-    assert len(config["trainer"]["callbacks"]) == 6
+    assert len(config["trainer"]["callbacks"]) == 7
 
 
 def test_the_command_line_wins_over_files_key_by_key():

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rft_lightning.policy.loading import load_policy
+
 pytestmark = pytest.mark.distributed
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -29,7 +31,7 @@ def fit(folder, policy, processes, batch, *arguments, method=None):
         "--data.batch_size", str(batch), "--data.shots", "2", "--data.val_size", "5", "--data.eval_batch_size", "2",
         *arguments,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     result = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=False, env=environment, timeout=240
     )
@@ -53,11 +55,57 @@ def test_two_processes_make_the_supervised_update_of_one(tmp_path, tiny_policy):
     assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-3 * moved
 
 
-def test_grpo_with_two_processes_trains_validates_and_saves_once(tmp_path, tiny_policy):
+HELPERS = """
+import torch
+from lightning.pytorch import Callback
+
+def length_reward(answer, target, *, rules, step):
+    return (len(answer.text) % 17) / 17
+
+class SameOnEveryRank(Callback):
+    def on_train_end(self, trainer, pl_module):
+        flat = torch.cat([p.detach().flatten() for p in pl_module.policy.parameters()])
+        both = pl_module.all_gather(flat)
+        assert torch.equal(both[0], both[1])
+        print("ranks agree")
+"""
+
+
+def test_grpo_with_two_processes_moves_both_alike_validates_and_saves(tmp_path, tiny_policy):
+    folder = tmp_path / "grpo"
+    folder.mkdir()
+    (folder / "helpers.py").write_text(HELPERS)
+    (folder / "more.yaml").write_text(
+        "trainer: {callbacks+: [{class_path: helpers.SameOnEveryRank}]}\n"
+        "data: {init_args: {task: {class_path: rft_lightning.tasks.DetectionTask, init_args: "
+        "{rewards: {length: helpers.length_reward}, reward_weights: {length: 1.0}}}}}\n"
+    )
     state = fit(
-        tmp_path / "grpo", tiny_policy, 2, 2, "--model.group_size", "2", "--model.mini_batch_prompts", "1",
-        "--model.num_iterations", "2", "--trainer.max_steps", "4", "--trainer.val_check_interval", "1",
+        folder, tiny_policy, 2, 2, "--config", "more.yaml", "--model.group_size", "2",
+        "--model.mini_batch_prompts", "1", "--model.micro_batch_prompts", "1", "--model.num_iterations", "2",
+        "--model.optimizer.lr", "1e-3", "--trainer.max_steps", "4", "--trainer.val_check_interval", "1",
     )  # fmt: skip
     assert state["global_step"] == 4
-    metrics = (next(iter((tmp_path / "grpo").rglob("metrics.csv")))).read_text()
+    start = load_policy(tiny_policy).state_dict()
+    moved = max((state["state_dict"][f"policy.{name}"] - value).abs().max().item() for name, value in start.items())
+    assert moved > 1e-3
+    metrics = (next(iter(folder.rglob("metrics.csv")))).read_text()
     assert "val/box_iou_mean" in metrics
+    assert "train/rewards/length/mean" in metrics
+
+
+def test_a_bad_loss_on_one_rank_names_its_samples_on_both(tmp_path, tiny_policy):
+    folder = tmp_path / "nan"
+    folder.mkdir()
+    (folder / "helpers.py").write_text(
+        "import os\nfrom rft_lightning import GRPOModule\n"
+        "class Broken(GRPOModule):\n"
+        "    def advantages(self, scores, group_size):\n"
+        "        factor = float('nan') if self.global_rank == 1 else 1.0\n"
+        "        return super().advantages(scores, group_size) * factor + (factor - 1)\n"
+    )
+    with pytest.raises(
+        AssertionError, match=r"NonFiniteError: Step 0.*Samples of the step: shapes/0/train/\d+, shapes/0/"
+    ):
+        fit(folder, tiny_policy, 2, 2, "--model.class_path", "helpers.Broken", "--model.group_size", "2",
+            "--trainer.max_steps", "1", "--trainer.val_check_interval", "1")  # fmt: skip

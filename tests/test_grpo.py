@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from rft_lightning import GRPOModule, GRPOObjective, SFTModule
@@ -111,6 +110,48 @@ def test_micro_batches_do_not_change_the_update(tiny_policy, make_trainer):
     assert largest_difference(whole, cut) < 2e-3 * size
 
 
+def test_statistics_do_not_depend_on_the_micro_batches(tiny_policy, make_trainer):
+    """Completions of different lengths: token means must be weighted by tokens, kl_sequence by completions."""
+
+    def logged(**kwargs):
+        record = Record()
+        module = grpo(tiny_policy, max_completion_length=24, group_size=4, **kwargs)
+        make_trainer(3, callbacks=[record]).fit(module, datamodule=data(tiny_policy))
+        return record.metrics[1]
+
+    whole, cut = logged(), logged(micro_batch_prompts=1)
+    assert whole["train/kl"] > 1e-5
+    for name in ("train/kl", "train/kl_sequence", "train/entropy", "train/loss"):
+        assert cut[name] == pytest.approx(whole[name], rel=2e-3, abs=1e-7), name
+
+
+def test_seed_everything_is_the_seed_of_a_run(tiny_policy, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert grpo(tiny_policy).seed == data(tiny_policy).seed == 7
+    assert grpo(tiny_policy, seed=3).seed == data(tiny_policy, seed=3).seed == 3
+
+
+def test_the_last_good_checkpoint_stays_after_a_non_finite_loss(tiny_policy, make_trainer, tmp_path):
+    from rft_lightning.callbacks import RolloutCheckpoint
+
+    module = grpo(tiny_policy)
+    original = module.advantages
+    module.advantages = lambda scores, size: original(scores, size) * (torch.nan if module.global_step == 2 else 1.0)
+    callback = RolloutCheckpoint(every_n_steps=1, dirpath=str(tmp_path))
+    with pytest.raises(NonFiniteError, match="Step 2"):
+        make_trainer(4, callbacks=[callback]).fit(module, datamodule=data(tiny_policy))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+    for name, value in module.policy.state_dict().items():
+        assert torch.equal(saved["state_dict"][f"policy.{name}"], value), name
+
+
+def test_evaluation_makes_no_reference_model(tiny_policy, make_trainer):
+    module = grpo(tiny_policy)
+    make_trainer(limit_val_batches=1.0).validate(module, datamodule=data(tiny_policy), verbose=False)
+    assert module._reference == ()
+
+
 def test_the_update_is_the_gradient_of_the_published_loss(tiny_policy, make_trainer):
     """The whole step against the formula written out: mean over completions of the token mean of A * grad log pi."""
 
@@ -160,7 +201,6 @@ def test_max_steps_inside_a_rollout_batch_is_refused_with_a_remedy(tiny_policy, 
 def test_rollouts_in_chunks_cover_all_prompts(tiny_policy):
     module, samples = grpo(tiny_policy, rollout_prompts=2), data(tiny_policy)
     module.configure_model()
-    module._fabric = None
     batch = samples.encoder([samples.sample("train", i) for i in range(3)])
     rollouts, scores, advantages = module.sample_and_score(batch)
     assert rollouts.completion_ids.shape[:2] == (3, 3)
@@ -273,6 +313,7 @@ def test_arguments_out_of_range(tiny_policy, arguments, words):
     [
         ({"accumulate_grad_batches": 2}, "micro_batch_prompts"),
         ({"gradient_clip_val": 1.0}, "max_grad_norm"),
+        ({"precision": "bf16-true"}, "bf16-mixed"),
     ],
 )
 def test_trainer_settings_are_refused_by_our_names(tiny_policy, make_trainer, arguments, words):
@@ -319,4 +360,3 @@ def test_fsdp_is_refused_with_an_alternative(tiny_policy):
 
     with pytest.raises(ConfigConflictError, match=r"fsdp2.*not registered yet.*ddp"):
         check_trainer(SimpleNamespace(strategy=FSDPStrategy()))
-    assert isinstance(Trainer(accelerator="cpu", logger=False), Trainer)

@@ -14,6 +14,7 @@ from rft_lightning.policy.loading import load_config, load_policy, load_processo
 from rft_lightning.policy.plain import plain_group_logprobs
 from rft_lightning.policy.rollout import completion_mask, sample_groups
 from rft_lightning.prompts import PromptEncoder
+from rft_lightning.sample import GroundingTarget
 from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask
 
 
@@ -71,6 +72,15 @@ def test_prompts_are_the_papers(data):
         "The output answer format should be as follows:\n"
         "<think> ... </think> <answer>species name</answer>\n"
         "Please strictly follow the format."
+    )
+
+
+def test_the_grounding_prompt_is_the_published_one(data):
+    target = GroundingTarget([[1.0, 2.0, 3.0, 4.0]], expression="the left cup")
+    assert GroundingTask().question(target, data.encoder.frame) == (
+        "Output the bounding box in the image corresponding to the instruction: the left cup Output the thinking "
+        'in <think> </think> and your grouding box. Following "<think> thinking process </think>\n'
+        '<answer>(x1,y1),(x2,y2)</answer>)" format.'
     )
 
 
@@ -240,7 +250,9 @@ def test_the_checkpoints_generation_settings_do_not_reach_the_rollout(policy, ba
     settings = {"tokenizer": tokenizer, "max_completion_length": 8, "seed": 3}
     expected = sample_groups(policy, batch, 4, **settings)
     before = policy.generation_config.to_dict()
-    policy.generation_config.update(top_k=1, temperature=0.01, repetition_penalty=5.0, min_new_tokens=8, do_sample=False)
+    policy.generation_config.update(
+        top_k=1, temperature=0.01, repetition_penalty=5.0, min_new_tokens=8, do_sample=False
+    )
     found = sample_groups(policy, batch, 4, **settings)
     assert policy.generation_config.top_k == 1
     policy.generation_config.update(**before)

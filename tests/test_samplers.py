@@ -102,7 +102,6 @@ def test_state_of_another_global_batch_is_refused_and_of_another_cut_of_it_is_no
     assert next(iter(half)) == sampler.batch(1)[:2]
 
 
-
 def test_evaluation_splits_rows_without_padding():
     parts = [list(EvaluationSampler(7, rank=rank, world_size=3)) for rank in range(3)]
     assert sorted(row for part in parts for row, _ in part) == list(range(7))

@@ -20,9 +20,10 @@ def print_rollouts(
     split: str,
     group_size: int | None,
     temperature: float | None,
-    console: Console | None = None,
+    ckpt_path: str | None = None,
+    trainer: Any,
 ) -> None:
-    """Sample and print groups; see `RFTTrainer.rollout` for the arguments.
+    """Sample and print groups on the trainer's device; see `RFTTrainer.rollout` for the other arguments.
 
     Raises:
         ConfigConflictError: the model has no rewards to show, or the split is unknown.
@@ -31,13 +32,17 @@ def print_rollouts(
         raise ConfigConflictError(f"rollout needs a GRPOModule, found {type(model).__name__}.")
     if split not in ("train", "val", "test"):
         raise ConfigConflictError(f"Expected split train, val or test, found {split!r}.")
-    console = console or Console()
     datamodule.prepare_data()
     samples = datamodule.split(split)
     samples = [samples[i] for i in range(min(num_samples, len(samples)))]
-    model.configure_model()
-    batch = datamodule.encoder(samples)
-    rollouts, scores, advantages_N = model.sample_and_score(batch, group_size=group_size, temperature=temperature)
+    model.load_for_sampling(ckpt_path)
+    device = trainer.strategy.root_device
+    batch = datamodule.encoder(samples).to(device)
+    with trainer.precision_plugin.forward_context():
+        rollouts, scores, advantages_N = model.to(device).sample_and_score(
+            batch, group_size=group_size, temperature=temperature
+        )
+    console = Console()
     size = rollouts.completion_ids.shape[1]
     for number in range(len(samples)):
         rows = slice(number * size, (number + 1) * size)
