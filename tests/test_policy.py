@@ -79,7 +79,7 @@ def test_the_grounding_prompt_is_the_published_one(data):
     target = GroundingTarget([[1.0, 2.0, 3.0, 4.0]], expression="the left cup")
     assert GroundingTask().question(target, data.encoder.frame) == (
         "Output the bounding box in the image corresponding to the instruction: the left cup Output the thinking "
-        'in <think> </think> and your grouding box. Following "<think> thinking process </think>\n'
+        'process in <think> </think> and your grouding box. Following "<think> thinking process </think>\n'
         '<answer>(x1,y1),(x2,y2)</answer>)" format.'
     )
 
