@@ -60,7 +60,7 @@ def test_grpo_closes_the_gap_on_three_seeds(tmp_path):
         assert new["box_iou_mean_parsed"] - old["box_iou_mean_parsed"] >= 0.10, name
 
 
-def test_the_shipped_policy_is_small_and_starts_where_the_config_says(tmp_path, monkeypatch):
+def test_the_shipped_policy_is_small_and_starts_where_the_config_says(tmp_path):
     """Parse rate and mean IoU of the start, on a part of the held-out pictures."""
     from rft_lightning.policy.loading import resolve_checkpoint
 

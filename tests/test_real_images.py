@@ -19,10 +19,13 @@ def test_fit_validate_and_predict_on_the_sample_tree(sample_data, tiny_policy, t
         "--data.root", str(sample_data / "coco2017_mini" / "coco"), "--data.train_split", "val2017",
         "--data.classes", "[person,bottle,bus]", "--data.num_workers", "0", "--data.eval_batch_size", "5",
         "--data.min_pixels", "784", "--data.max_pixels", "3136", "--model.max_completion_length", "8",
-        "--model.group_size", "2", "--trainer.accelerator", "cpu",
+        "--model.group_size", "2", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true",
     ]  # fmt: skip
     main(["fit", *arguments, "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"])
     (checkpoint,) = tmp_path.rglob("last.ckpt")
+    # The exported processor resizes as in training.
+    (processor,) = tmp_path.rglob("policy/processor_config.json")
+    assert json.loads(processor.read_text())["image_processor"]["size"]["longest_edge"] == 3136
     main(["validate", *arguments, "--ckpt_path", str(checkpoint)])
     rows = [row for file in tmp_path.rglob("metrics.csv") for row in csv.DictReader(file.open())]
     assert sum(bool(row.get("val/map")) for row in rows) == 2
