@@ -10,22 +10,16 @@ import torch
 
 from rft_lightning.policy.loading import load_policy
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RUN = """
-import sys, torch
-torch.set_num_threads(1)
-from rft_lightning.cli import main
-main(sys.argv[1:])
-"""
 
 
 def fit(folder, policy, processes, batch, *arguments, method=None):
     folder.mkdir(parents=True, exist_ok=True)
     overlay = ["--config", str(CONFIGS / "method" / f"{method}.yaml")] if method else []
     command = [
-        sys.executable, "-c", RUN, "fit", "--config", str(CONFIGS / "quickstart.yaml"), *overlay,
+        sys.executable, "-m", "rft_lightning", "fit", "--config", str(CONFIGS / "quickstart.yaml"), *overlay,
         "--model.policy", policy, "--model.max_completion_length", "8",
         "--trainer.devices", str(processes), "--trainer.strategy", "ddp" if processes > 1 else "auto",
         "--data.batch_size", str(batch), "--data.shots", "2", "--data.val_size", "5", "--data.eval_batch_size", "2",
@@ -33,7 +27,7 @@ def fit(folder, policy, processes, batch, *arguments, method=None):
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     result = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, env=environment, timeout=240
+        command, cwd=folder, capture_output=True, text=True, check=False, env=environment, timeout=400
     )
     assert result.returncode == 0, result.stderr[-4000:]
     (checkpoint,) = folder.rglob("last.ckpt")
