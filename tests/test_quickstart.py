@@ -40,9 +40,9 @@ def test_grpo_closes_the_gap_on_three_seeds(tmp_path):
         before, after = run(tmp_path / f"grpo{seed}", "--seed_everything", str(seed))
         table.append((f"GRPO, 64 pictures, seed {seed}", before, after))
     table.append(("SFT, same 64 pictures and steps", *run(tmp_path / "sft", *sft())))
-    ceiling = sft("--data.shots", "null", "--data.train_size", "9600", "--data.batch_size", "32",
+    ceiling = sft("--data.shots", "null", "--data.train_size", "16000", "--data.batch_size", "32",
                   "--trainer.max_steps", "300", "--trainer.val_check_interval", "300")  # fmt: skip
-    table.append(("SFT, 9600 exact pictures (ceiling)", *run(tmp_path / "ceiling", *ceiling)))
+    table.append(("SFT, 16000 exact pictures (ceiling)", *run(tmp_path / "ceiling", *ceiling)))
     print(
         "\nheld-out mean IoU (256 pictures)       before  after |"
         " parsed answers alone: before  after | mAP before  after"
