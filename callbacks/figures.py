@@ -64,13 +64,10 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean over a centred window that shrinks symmetrically at the ends; of the length of `values`."""
-    means = []
-    for position in range(len(values)):
-        reach = min(window // 2, position, len(values) - 1 - position)
-        part = values[position - reach : position + reach + 1]
-        means.append(sum(part) / len(part))
-    return means
+    """Mean over a centred window, at the ends over the part of it that exists; of the length of `values`."""
+    reach = window // 2
+    parts = [values[max(0, position - reach) : position + reach + 1] for position in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
 
 def curve_figure(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:

@@ -326,5 +326,5 @@ def test_before_after_refuses_what_it_cannot_write(tmp_path: Path) -> None:
 
 
 def test_running_mean() -> None:
-    assert running_mean([1, 2, 6, 2, 1], 3) == [1, 3, pytest.approx(10 / 3), 3, 1]
+    assert running_mean([1, 2, 6, 2, 1], 3) == [1.5, 3, pytest.approx(10 / 3), 3, 1.5]
     assert running_mean([5], 3) == [5]
