@@ -31,14 +31,11 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
         rank: this process.
         world_size: W, number of processes.
         seed: seed of the permutations.
-        shuffle: False keeps the rows in order.
     """
 
-    def __init__(
-        self, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0, shuffle: bool = True
-    ) -> None:
+    def __init__(self, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
         self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
-        self.seed, self.shuffle = seed, shuffle
+        self.seed = seed
         self._next = 0  # first batch of the next epoch, counted from the start of training
         self._first = 0  # first batch of the epoch that is being iterated
         self._done = 0  # how many batches of that epoch were handed out
@@ -77,8 +74,6 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
         return self._passes[number]
 
     def _permutation(self, number: int) -> list[int]:
-        if not self.shuffle:
-            return list(range(self.size))
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
         return torch.randperm(self.size, generator=generator).tolist()
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rft_lightning.errors import ConfigConflictError
 from rft_lightning.policy.plain import plain_group_logprobs
 from rft_lightning.policy_module import PolicyModule
 from rft_lightning.sample import PromptBatch
@@ -53,11 +54,18 @@ class SFTModule(PolicyModule):
         return self.optimiser_step(encoded, loss_of, [sample.id for sample in mini.samples])
 
     def solutions(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Token ids [B, C] of the solution texts with their end of sequence, and their mask [B, C]."""
+        """Token ids [B, C] of the solution texts with their end of sequence, and their mask [B, C].
+
+        Raises:
+            ConfigConflictError: a sample has no target.
+        """
         tokenizer = self.processor.tokenizer
         texts = []
         for sample in batch.samples:
-            assert sample.target is not None
+            if sample.target is None:
+                raise ConfigConflictError(
+                    f"Sample {sample.id!r} has no target, so there is no solution to learn; train on labelled samples."
+                )
             text = sample.target.solution_text or ""
             if self.with_thought:
                 text = f"<think>{sample.task.thought(sample.target)}</think> {text}"

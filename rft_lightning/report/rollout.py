@@ -57,8 +57,8 @@ def _print_group(
     sample = rollouts.prompts.samples[number]
     console.rule(Text(f"{sample.id} ({sample.image_size[0]}x{sample.image_size[1]} pixels)"))
     console.print(Text(f"Question: {sample.question}"))
-    if sample.target is not None:
-        console.print(Text(f"Solution: {sample.target.solution_text}"))
+    assert sample.target is not None  # it was rewarded
+    console.print(Text(f"Solution: {sample.target.solution_text}"))
     table = Table("answer", *sample.task.rewards, "advantage")
     for text, row, advantage in zip(rollouts.texts[number], rewards, advantages, strict=True):
         table.add_row(Text(text), *(f"{value:.3f}" for value in row), f"{advantage:+.2f}")
