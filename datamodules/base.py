@@ -13,6 +13,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from rft_lightning.datamodules.samplers import EvaluationSampler, RolloutBatchSampler
 from rft_lightning.errors import ConfigConflictError, DatasetNotFoundError
+from rft_lightning.frames import CoordinateFrame
 from rft_lightning.prompts import PromptEncoder
 from rft_lightning.sample import PromptBatch, Sample
 from rft_lightning.seeding import run_seed
@@ -47,6 +48,8 @@ class RFTDataModule(LightningDataModule, ABC):
         max_pixels: most pixels of an image after resizing; the checkpoint's own when null.
         system_prompt: text of a system turn; null leaves it to the chat template.
         max_prompt_length: most tokens of a prompt; a longer one is an error. null for no limit.
+        frame: how the policy writes boxes; null for the convention of its family. A family whose convention is not
+            known needs it.
 
     Raises:
         ConfigConflictError: a size is out of its range.
@@ -64,6 +67,7 @@ class RFTDataModule(LightningDataModule, ABC):
         max_pixels: int | None = None,
         system_prompt: str | None = None,
         max_prompt_length: int | None = 1024,
+        frame: CoordinateFrame | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -77,6 +81,7 @@ class RFTDataModule(LightningDataModule, ABC):
             "max_pixels": max_pixels,
             "system_prompt": system_prompt,
             "max_prompt_length": max_prompt_length,
+            "frame": frame,
         }
         self._encoder: PromptEncoder | None = None
         self._splits: dict[str, Sequence[Sample]] = {}

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from rft_lightning.errors import ConfigConflictError, PromptTooLongError
 from rft_lightning.frames import CoordinateFrame
 from rft_lightning.policy.families import coordinate_frame
 from rft_lightning.policy.loading import load_config, load_processor
-from rft_lightning.sample import PromptBatch, Sample
+from rft_lightning.sample import TOKEN_TENSORS, PromptBatch, Sample
 
 
 class PromptEncoder:
     """Samples -> PromptBatch, by the chat template and the image processor of a checkpoint.
+
+    Every sample is encoded alone, so that a prompt never depends on the others of its batch.
 
     Args:
         checkpoint: hub id, folder or ``asset:NAME`` of the policy.
@@ -23,7 +28,7 @@ class PromptEncoder:
         system_prompt: text of a system turn; None leaves it to the chat template.
         max_prompt_length: most tokens of a prompt, image tokens included; a longer one is an error, since a truncated
             prompt loses image tokens or the question. None for no limit.
-        frame: how the model writes boxes; known for the Qwen families, needed for others.
+        frame: how the model writes boxes; None for the convention of its family.
 
     Raises:
         CheckpointError: the checkpoint is no vision-language model, or its family's frame is not known.
@@ -69,26 +74,40 @@ class PromptEncoder:
             PromptTooLongError: a prompt has more than `max_prompt_length` tokens.
         """
         completed = [self.complete(sample) for sample in samples]
-        texts = [
-            self.processor.apply_chat_template(self.messages(sample), add_generation_prompt=True, tokenize=False)
-            for sample in completed
-        ]
-        images = [sample.load_image() for sample in completed]
-        encoded = self.processor(
-            text=texts, images=images, padding=True, return_mm_token_type_ids=True, return_tensors="pt"
-        )
-        input_ids, attention_mask = encoded.pop("input_ids"), encoded.pop("attention_mask")
-        self._check_lengths(completed, attention_mask.sum(1).tolist())
-        grids = encoded["image_grid_thw"]
+        encoded = [self.encode(sample) for sample in completed]
+        lengths = [prompt["input_ids"].shape[1] for prompt in encoded]
+        self._check_lengths(completed, lengths)
+        pads = {"input_ids": self.processor.tokenizer.pad_token_id}
+        tensors = {}
+        for name in encoded[0]:
+            pieces = [prompt[name] for prompt in encoded]
+            if name in ("input_ids", "attention_mask", *TOKEN_TENSORS):
+                pieces = [left_padded(piece, max(lengths), pads.get(name, 0)) for piece in pieces]
+            tensors[name] = torch.cat(pieces)
         return PromptBatch(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            vision=dict(encoded),
+            input_ids=tensors.pop("input_ids"),
+            attention_mask=tensors.pop("attention_mask"),
+            vision=tensors,
             image_counts=[1] * len(completed),
-            patch_counts=grids.prod(1).tolist(),
+            patch_counts=[len(prompt["pixel_values"]) for prompt in encoded],
             samples=completed,
             frame=self.frame,
         )
+
+    def encode(self, sample: Sample) -> dict[str, Tensor]:
+        """The tensors of one completed sample: what the processor makes of it, as the model takes it."""
+        tokenizer = self.processor.tokenizer
+        text = self.processor.apply_chat_template(self.messages(sample), add_generation_prompt=True, tokenize=False)
+        settings: dict[str, Any] = {}
+        if tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token):
+            settings["add_special_tokens"] = False  # the tokenizer would begin the text a second time
+        if "mm_token_type_ids" in self.processor.model_input_names:
+            settings["return_mm_token_type_ids"] = True
+        encoded = dict(self.processor(text=[text], images=[[sample.load_image()]], return_tensors="pt", **settings))
+        if "image_sizes" in encoded and encoded["pixel_values"].ndim == 5:
+            # LLaVA's tiles [1, tiles, 3, H, W]: its models take them as rows too, and rows need no padding in a batch.
+            encoded["pixel_values"] = encoded["pixel_values"][0]
+        return encoded
 
     def _check_lengths(self, samples: list[Sample], lengths: list[int]) -> None:
         if self.max_prompt_length is None:
@@ -100,3 +119,8 @@ class PromptEncoder:
                     f"{length} tokens, more than max_prompt_length={self.max_prompt_length}. Prompts are never "
                     "truncated: lower data.max_pixels or raise data.max_prompt_length."
                 )
+
+
+def left_padded(tensor: Tensor, width: int, value: int) -> Tensor:
+    """[rows, T] widened to [rows, width] by `value` on the left."""
+    return nn.functional.pad(tensor, (width - tensor.shape[1], 0), value=value)

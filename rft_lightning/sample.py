@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from rft_lightning.frames import CoordinateFrame
     from rft_lightning.tasks.base import Task
 
+# The tensors of PromptBatch.vision with one entry per token [B, P]; others have one per image or per row of pixels.
+TOKEN_TENSORS = ("mm_token_type_ids", "token_type_ids")
+
 BoxesLike = Tensor | Sequence[Sequence[float]] | Sequence[float]
 
 
@@ -172,6 +175,7 @@ class Sample:
         image_id: id of the picture in its data set; several samples may share one picture.
         question: the user turn without the image; the PromptEncoder asks the task for it when it is None.
         occurrence: how often this sample already occurred in the same global rollout batch.
+        asked: the class or expression that `question` asks for, where no target says it; a caption, never a prompt.
     """
 
     id: str
@@ -182,6 +186,7 @@ class Sample:
     image_id: int | str = 0
     question: str | None = None
     occurrence: int = 0
+    asked: str | None = None
 
     def load_image(self) -> Image.Image:
         """The picture as RGB, at its original size and without EXIF rotation (annotations do not apply it).
@@ -208,10 +213,11 @@ class PromptBatch:
     Attributes:
         input_ids: [B, P] token ids.
         attention_mask: [B, P] 1 on tokens, 0 on the padding to the left.
-        vision: the processor's other tensors: ``pixel_values`` and ``image_grid_thw`` concatenated over images in the
-            order of the prompts, ``mm_token_type_ids`` [B, P].
+        vision: the processor's other tensors, as the model takes them: ``mm_token_type_ids`` or ``token_type_ids``
+            [B, P] where the family has them; ``pixel_values``, and what describes each image (``image_grid_thw``,
+            ``image_sizes``), concatenated in the order of the prompts.
         image_counts: number of images of each prompt.
-        patch_counts: number of rows of ``pixel_values`` of each prompt.
+        patch_counts: number of rows of ``pixel_values`` of each prompt: patches in the Qwen families, tiles in others.
         samples: the B samples, questions and solution texts filled in.
         frame: the frame in which the model writes coordinates.
     """
@@ -246,12 +252,12 @@ class PromptBatch:
         columns = slice(mask.shape[1] - width, None)
         patches = slice(sum(self.patch_counts[:start]), sum(self.patch_counts[:stop]))
         images = slice(sum(self.image_counts[:start]), sum(self.image_counts[:stop]))
-        cuts = {"pixel_values": (patches,), "image_grid_thw": (images,)}
+        cuts = dict.fromkeys(TOKEN_TENSORS, (slice(start, stop), columns)) | {"pixel_values": (patches,)}
         return replace(
             self,
             input_ids=self.input_ids[start:stop, columns],
             attention_mask=mask[:, columns],
-            vision={k: v[cuts.get(k, (slice(start, stop), columns))] for k, v in self.vision.items()},
+            vision={name: tensor[cuts.get(name, (images,))] for name, tensor in self.vision.items()},
             image_counts=self.image_counts[start:stop],
             patch_counts=self.patch_counts[start:stop],
             samples=self.samples[start:stop],
@@ -272,6 +278,8 @@ class Rollouts:
         completion_mask: [B, G, C] True up to and including the end-of-sequence token.
         texts: B lists of G decoded completions, special tokens left out.
         truncated: [B, G] True where the length limit came before an end-of-sequence token.
+        logprobs: [B, G, C] float32 log-probs of the sampled tokens under the policy at the sampling temperature,
+            nothing truncated or forbidden; 0 on padding. None if the engine does not return them.
     """
 
     prompts: PromptBatch
@@ -279,6 +287,7 @@ class Rollouts:
     completion_mask: Tensor
     texts: list[list[str]]
     truncated: Tensor
+    logprobs: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -293,6 +302,7 @@ class Rollouts:
             mask[..., :width],
             self.texts[start:stop],
             self.truncated[start:stop],
+            None if self.logprobs is None else self.logprobs[start:stop, :, :width],
         )
 
 

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,18 @@ def tiny_policy(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tiny") / "policy"
     build_tiny(folder, shapes_corpus(200), width=64, layers=2, vision_width=32, vision_layers=1)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory):
+    """family_folder(model_type) -> folder of a tiny random checkpoint of that family, built once."""
+    from tests.tiny_families import build_family
+
+    @cache
+    def folder(model_type: str) -> str:
+        return str(build_family(model_type, tmp_path_factory.mktemp("families") / model_type))
+
+    return folder
 
 
 @pytest.fixture

@@ -70,6 +70,14 @@ def test_rollout_prints_questions_answers_rewards_and_advantages(quick, capsys, 
         assert word in out
 
 
+@pytest.mark.parametrize(
+    "frame", [["--data.frame.kind", "relative", "--data.frame.extent", "500"], ["--data.frame", "{extent: 500}"]]
+)
+def test_the_frame_is_set_key_by_key_or_as_a_whole(quick, capsys, frame):
+    main(["rollout", *quick, *frame, "--num_samples", "1"])
+    assert "between 0 and 500" in " ".join(capsys.readouterr().out.split())
+
+
 def test_configs_lists_and_copies(tmp_path, capsys):
     main(["configs"])
     listed = capsys.readouterr().out

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rft_lightning.policy.families import position_ids, repeat_vision
 from rft_lightning.policy.logprobs import token_entropies, token_logprobs
-from rft_lightning.sample import PromptBatch
+from rft_lightning.sample import TOKEN_TENSORS, PromptBatch
 
 
 def plain_group_logprobs(
@@ -46,9 +46,8 @@ def plain_group_logprobs(
         1,
     )
     vision = repeat_vision(prompt.vision, prompt.image_counts, prompt.patch_counts, group_size)
-    if "mm_token_type_ids" in vision:
-        types = vision["mm_token_type_ids"]
-        vision["mm_token_type_ids"] = torch.cat([types, types.new_zeros(len(types), length)], 1)
+    for name in vision.keys() & TOKEN_TENSORS:
+        vision[name] = nn.functional.pad(vision[name], (0, length))  # completions are text: 0
     logits_NCV = model(
         input_ids=ids_NT,
         attention_mask=mask_NT,
