@@ -279,7 +279,7 @@ def test_completion_mask_ends_with_the_first_end_token():
     ("settings", "words"),
     [
         ({"temperature": -1}, "temperature >= 0"),
-        ({"temperature": 0}, "group_size == 1 with greedy"),
+        ({"engine": "vllm"}, "engine to be one of native, hf"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"max_completion_length": 0}, "max_completion_length"),
@@ -295,7 +295,8 @@ def test_saved_policies_load_with_plain_transformers(tiny_policy, tmp_path):
 
     policy, processor = load_policy(tiny_policy), load_processor(tiny_policy)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "stale").write_text("x")
+    for name in ("config.json", "stale"):  # an earlier export
+        (tmp_path / "out" / name).write_text("{}")
     export_policy(policy, processor, tmp_path / "out")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     AutoProcessor.from_pretrained(tmp_path / "out")

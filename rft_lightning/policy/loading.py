@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from rft_lightning.errors import CheckpointError, ConfigConflictError
+from rft_lightning.policy.families import PARTS, base_model, check_parts, part_parameters
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ASSET_PREFIX = "asset:"
+# Fields of peft.LoraConfig that can change more than the adapters, and their values under which they do not.
+WEIGHTS_UNTOUCHED: dict[str, tuple] = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,28 +76,130 @@ def load_config(checkpoint: str) -> Any:
     return config
 
 
-def load_policy(checkpoint: str, *, dtype: str = "float32", attn_implementation: str = "sdpa") -> nn.Module:
-    """The policy, in training mode, with all parameters trainable.
+def load_policy(
+    checkpoint: str,
+    *,
+    dtype: str = "float32",
+    attn_implementation: str = "sdpa",
+    lora: dict[str, Any] | LoraConfig | None = None,
+    freeze: Sequence[str] = (),
+    gradient_checkpointing: bool = False,
+) -> nn.Module:
+    """The policy, in training mode, with all parameters trainable unless told otherwise.
 
     Args:
         checkpoint: hub id, folder, or ``asset:NAME``.
         dtype: float32, bfloat16 or float16: the dtype of the weights in memory.
         attn_implementation: the attention kernel, as transformers names it.
+        lora: train adapters instead of the weights; see :func:`add_adapters`.
+        freeze: parts that are not trained and get no adapters: vision_tower, projector, language_model.
+        gradient_checkpointing: recompute activations in backward, in training mode: less memory, more time.
 
     Raises:
         CheckpointError: see :func:`load_config`.
-        ConfigConflictError: unknown dtype.
+        ConfigConflictError: unknown dtype or part, nothing is left to train, or see :func:`add_adapters`.
     """
     from transformers import AutoModelForImageTextToText
 
     if dtype not in DTYPES:
         raise ConfigConflictError(f"Expected dtype to be one of {', '.join(DTYPES)}, found {dtype!r}.")
-    load_config(checkpoint)
-    model = AutoModelForImageTextToText.from_pretrained(
+    check_parts(freeze, load_config(checkpoint))
+    if set(freeze) == set(PARTS):
+        raise ConfigConflictError(f"There is nothing to train: freeze names all parts ({', '.join(freeze)}). Drop one.")
+    model: Any = AutoModelForImageTextToText.from_pretrained(
         resolve_checkpoint(checkpoint), dtype=DTYPES[dtype], attn_implementation=attn_implementation
     )
+    model.requires_grad_(True)
+    for part in freeze:
+        for parameter in part_parameters(model, part).values():
+            parameter.requires_grad_(False)
+    if lora is not None:
+        model = add_adapters(model, lora, freeze)
+    if gradient_checkpointing:
+        enable_checkpointing(model)
     # Hugging Face loads in eval mode and Lightning keeps it.
-    return model.train().requires_grad_(True)
+    return model.train()
+
+
+def add_adapters(model: Any, lora: dict[str, Any] | LoraConfig, freeze: Sequence[str] = ()) -> nn.Module:
+    """The model with trainable LoRA adapters; its own weights are frozen.
+
+    Args:
+        model: a Hugging Face model.
+        lora: fields of ``peft.LoraConfig``, or one; without target_modules, all linear layers but the output head.
+        freeze: parts that get no adapters.
+
+    Raises:
+        ConfigConflictError: see :func:`lora_config`; or there is no module to adapt, or a frozen part would train.
+    """
+    import peft
+
+    config = lora_config(lora)
+    frozen = {name.rpartition(".")[0] for part in freeze for name in part_parameters(model, part)}
+    if frozen:
+        config.exclude_modules = sorted(frozen | _module_names(model, config.exclude_modules))
+    with warnings.catch_warnings():  # peft reads a property that transformers 5.23 deprecates
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        try:
+            adapted = peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigConflictError(f"peft cannot put adapters where lora and freeze allow them: {error}") from error
+    for part in freeze:
+        trained = [name for name, parameter in part_parameters(adapted, part).items() if parameter.requires_grad]
+        if trained:
+            raise ConfigConflictError(
+                f"lora would train {trained[0]}, which lies in the frozen part {part}. Take it out of "
+                "lora.modules_to_save and lora.target_parameters, or the part out of freeze."
+            )
+    return adapted
+
+
+def lora_config(lora: dict[str, Any] | LoraConfig) -> LoraConfig:
+    """A checked ``peft.LoraConfig``; a given one is copied, because peft writes into it.
+
+    Raises:
+        ConfigConflictError: an unknown field, values that peft refuses, or a setting under which the model with its
+            adapters off is not the model as it was, which the reference model must be.
+    """
+    from peft import LoraConfig
+
+    if isinstance(lora, dict):
+        fields = [field.name for field in dataclasses.fields(LoraConfig)]
+        for name in lora.keys() - set(fields):
+            close = difflib.get_close_matches(name, fields)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"peft.LoraConfig has {', '.join(fields)}."
+            raise ConfigConflictError(f"lora has no field {name!r}; {hint}")
+        try:
+            config = LoraConfig(**lora)
+        except (TypeError, ValueError) as error:
+            raise ConfigConflictError(f"peft refuses the settings lora: {lora}: {error}") from error
+    else:
+        config = copy.deepcopy(lora)
+    for name, allowed in WEIGHTS_UNTOUCHED.items():
+        if (value := getattr(config, name, None)) not in allowed:
+            raise ConfigConflictError(
+                f"lora.{name} is {value!r}, expected {' or '.join(map(repr, allowed))}: others change more than the "
+                "adapters, and the reference model is the policy with its adapters off."
+            )
+    if config.target_modules is None and config.target_parameters is None:
+        config.target_modules = "all-linear"
+    config.task_type = None  # peft's wrapper for a task puts its own generation settings over ours
+    return config
+
+
+def _module_names(model: nn.Module, names: Iterable[str] | None) -> set[str]:
+    """What a list of module names or, as a string, a pattern of them stands for."""
+    if isinstance(names, str):
+        return {name for name, _ in model.named_modules() if re.fullmatch(names, name)}
+    return set(names or ())
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Recompute activations in backward, in training mode."""
+    inner = base_model(model)
+    # The new name exists from transformers 5.23 on, which warns of the old one.
+    new = getattr(inner, "activation_checkpointing_enable", None)
+    (new or inner.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def load_processor(checkpoint: str, *, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
@@ -130,3 +249,19 @@ def set_pixel_limits(processor: Any, min_pixels: int | None, max_pixels: int | N
 def frozen_copy(policy: nn.Module) -> nn.Module:
     """The reference model: a copy of the policy as it is now, in eval mode and without gradients."""
     return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+def checkpointing_active(model: nn.Module) -> bool:
+    """Whether a forward of the model in its present mode would recompute activations in backward."""
+    return any(module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode: no dropout, and a cache even with gradient checkpointing."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

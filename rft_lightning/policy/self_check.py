@@ -1,0 +1,97 @@
+"""The start-up self-check: does a shared-prefix layout give the log-probs of the plain route on one tiny group?
+
+A wrong layout raises nothing: a mask that a kernel ignores, a recurrence that runs through other completions or a
+second mask left out change the numbers alone. The table in families.py says what should be exact; this says what is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from PIL import Image
+from torch import Tensor
+
+from rft_lightning.errors import ConfigConflictError
+from rft_lightning.policy.families import base_model
+from rft_lightning.policy.loading import evaluating
+from rft_lightning.policy.plain import plain_group_logprobs
+from rft_lightning.policy.shared_prefix import PLAIN, choose_layout, group_logprobs
+from rft_lightning.prompts import PromptEncoder
+from rft_lightning.sample import PromptBatch, Sample
+from rft_lightning.tasks import ClassificationTask
+
+# Mean |difference| of token log-probs. Exact layouts differ by 1e-6 in float32 and, by rounding, up to about 0.1 in
+# bfloat16; wrong ones by 0.1 to several nats.
+TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-4, 0.25
+
+
+def probe(encoder: PromptEncoder) -> tuple[PromptBatch, Tensor, Tensor]:
+    """A prompt about a small picture, and two unequal completions [1, 2, C] made of its last tokens; their mask."""
+    side = 64
+    pixels = torch.arange(side * side * 3, dtype=torch.int64).mul_(2654435761).remainder_(251).to(torch.uint8)
+    image = Image.fromarray(pixels.view(side, side, 3).numpy())
+    sample = Sample("self-check", image, None, ClassificationTask(), (side, side), question="What is this?")
+    prompt = encoder([sample])
+    last = prompt.input_ids[0, -4:]
+    mask = torch.ones(1, 2, 4, dtype=torch.bool)
+    mask[0, 1, -1] = False
+    return prompt, torch.stack([last, last.flip(0)])[None], mask
+
+
+@torch.no_grad()
+def layout_error(model: Any, encoder: PromptEncoder, layout: str, device: torch.device | str = "cpu") -> float:
+    """Mean |difference| in nats between the token log-probs of `layout` and of the plain route.
+
+    Args:
+        model: the policy; in eval mode during the check, left as it was found.
+        encoder: encodes the prompt.
+        layout: ``prefix_cache`` or ``packed``.
+        device: where the model is.
+
+    Raises:
+        ConfigConflictError: the layout is not in the family's list, or cannot be used with the model as it is set up.
+    """
+    prompt, ids, mask = probe(encoder)
+    prompt, ids, mask = prompt.to(device), ids.to(device), mask.to(device)
+    with evaluating(model):
+        shared = group_logprobs(model, prompt, ids, mask, forward=layout)
+        plain, _ = plain_group_logprobs(model, prompt, ids, mask)
+    return float((shared - plain)[mask].abs().mean())
+
+
+def tolerance(model: Any, precision: str = "32-true") -> float:
+    """The largest error of an exact layout, for the dtype of the weights and the Trainer's precision."""
+    full = model.dtype == torch.float32 and precision == "32-true"
+    return TOLERANCE if full and torch.get_float32_matmul_precision() == "highest" else LOW_PRECISION_TOLERANCE
+
+
+def settle_layout(
+    model: Any, forward: str, encoder: PromptEncoder, *, device: torch.device | str, precision: str
+) -> str:
+    """The layout that `forward` means for this model, after comparing it with the plain route.
+
+    Says what was chosen and why. ``auto`` falls back to plain, with a warning, where the comparison fails.
+
+    Raises:
+        ConfigConflictError: a layout was asked for that is not exact.
+    """
+    layout = choose_layout(model, forward)
+    if layout == PLAIN:
+        if forward == "auto":
+            config = base_model(model).config
+            rank_zero_info(
+                f"forward: plain. No shared-prefix layout is known to be exact for {config.model_type} with "
+                f"{config._attn_implementation} attention, so prompts are computed once per completion."
+            )
+        return PLAIN
+    error = layout_error(model, encoder, layout, device)
+    if error <= tolerance(model, precision):
+        rank_zero_info(f"forward: {layout}; its log-probs differ from the plain route's by {error:.0e} on average.")
+        return layout
+    message = f"forward: {layout} gives other log-probs than the plain route (by {error:.2g} nats on average)"
+    if forward != "auto":
+        raise ConfigConflictError(f"{message}. Use model.forward: auto or plain.")
+    rank_zero_warn(f"{message}, so prompts are computed once per completion (forward: plain).")
+    return PLAIN

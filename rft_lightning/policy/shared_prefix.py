@@ -1,0 +1,196 @@
+"""Log-probs of groups with the prompt and its image computed once per group, in two exact layouts.
+
+- ``prefix_cache``: the prompts run once with gradients on; their keys and values are repeated to G rows, and the
+  completions run against them. No mask of ours, so any attention kernel serves. Gradient checkpointing forbids caches.
+- ``packed``: one row [prompt | c1 | ... | cG] per prompt without padding between; each completion sees the prompt and
+  itself, and its positions continue the prompt's. Needs a dense mask, whose cost grows with the square of the row.
+
+Both equal the plain route (policy/plain.py), forward and gradients. Families, attention kernels or settings for which
+a layout would be silently wrong are kept away from it by :func:`choose_layout` and, once per run, by
+:func:`layout_error`.
+
+Shape legend: B prompts, G completions per prompt, N = B*G rows, P prompt tokens, C completion tokens, T tokens of a
+packed row, M predicting positions, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rft_lightning.errors import ConfigConflictError
+from rft_lightning.policy.families import (
+    PACKED,
+    PREFIX_CACHE,
+    base_model,
+    family_of,
+    prompt_positions,
+    text_positions,
+)
+from rft_lightning.policy.loading import checkpointing_active
+from rft_lightning.policy.logprobs import scoring_head
+from rft_lightning.policy.packing import PackedRows, packed_masks
+from rft_lightning.policy.plain import plain_group_logprobs
+from rft_lightning.sample import PromptBatch
+
+PLAIN = "plain"
+FORWARDS = ("auto", PREFIX_CACHE, PACKED, PLAIN)
+# Kernels that take a dense mask as it is given. Others would drop it without a word.
+DENSE_MASK_KERNELS = ("sdpa", "eager")
+
+
+def group_logprobs(
+    model: nn.Module,
+    prompt: PromptBatch,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    forward: str = "auto",
+) -> Tensor:
+    """Log-probs of G completions of each of B prompts under the model, with gradients where they are on.
+
+    Args:
+        model: the policy or the reference model: a Hugging Face vision-language model, or an adapter around one.
+        prompt: B prompts, left-padded; their images may differ in size.
+        completion_ids: [B, G, C] token ids, right-padded.
+        completion_mask: [B, G, C] True on tokens, False on the padding after them.
+        temperature: divides the logits; the one the completions were sampled with.
+        forward: ``auto``, ``prefix_cache``, ``packed`` or ``plain``; see :func:`choose_layout`.
+
+    Returns:
+        log-probs [B, G, C] float32, 0 on padding.
+
+    Raises:
+        ConfigConflictError: the layout asked for is not exact for this model as it is set up.
+    """
+    return group_logprobs_and_entropies(
+        model, prompt, completion_ids, completion_mask, temperature=temperature, forward=forward, with_entropy=False
+    )[0]
+
+
+def group_logprobs_and_entropies(
+    model: nn.Module,
+    prompt: PromptBatch,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    forward: str = "auto",
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`group_logprobs`, with the entropies [B, G, C] in nats (no gradient, 0 on padding) or None."""
+    layout = choose_layout(model, forward)
+    mask = completion_mask.bool()
+    if layout == PLAIN:
+        logp, entropy = plain_group_logprobs(
+            model, prompt, completion_ids, mask, temperature=temperature, with_entropy=with_entropy
+        )
+        return logp.masked_fill(~mask, 0), None if entropy is None else entropy.masked_fill(~mask, 0)
+    run = _prefix_cache if layout == PREFIX_CACHE else _packed
+    both = run(model, prompt, completion_ids, mask, {"temperature": temperature, "with_entropy": with_entropy})
+    return both[..., 0], both[..., 1].detach() if with_entropy else None
+
+
+def choose_layout(model: Any, forward: str = "auto") -> str:
+    """The layout that `forward` means for this model as it is set up now.
+
+    ``auto`` is the family's preferred layout among those possible: packed under gradient checkpointing, which forbids a
+    cache, else the prefix cache; plain where the family has no exact one.
+
+    Raises:
+        ConfigConflictError: a layout was asked for that is not exact here.
+    """
+    if forward not in FORWARDS:
+        raise ConfigConflictError(f"Expected forward to be one of {', '.join(FORWARDS)}, found {forward!r}.")
+    config = base_model(model).config
+    family = family_of(config)
+    possible = {layout: obstacle(model, layout) for layout in (family.layouts if family is not None else ())}
+    if forward == "auto":
+        return next((layout for layout, reason in possible.items() if reason is None), PLAIN)
+    if forward == PLAIN:
+        return PLAIN
+    if forward not in possible:
+        known = ", ".join(possible) or "none; it takes the plain route"
+        raise ConfigConflictError(
+            f"forward is {forward!r}, which is not known to be exact for the family {config.model_type!r} (known: "
+            f"{known}). Use forward: auto or plain; docs/adding-a-model.md tells how a layout is admitted."
+        )
+    if possible[forward] is not None:
+        raise ConfigConflictError(f"forward is {forward!r}, but {possible[forward]}. Use forward: auto.")
+    return forward
+
+
+def obstacle(model: Any, layout: str) -> str | None:
+    """Why a layout that is exact for the family cannot be used with this model as it is set up; None if it can."""
+    if layout == PREFIX_CACHE:
+        if checkpointing_active(model):
+            return "gradient checkpointing is on, under which Hugging Face models keep no cache (packed works)"
+        return None
+    kernel = base_model(model).config.get_text_config()._attn_implementation
+    if kernel not in DENSE_MASK_KERNELS:
+        return f"the attention kernel {kernel!r} takes no dense mask (it needs {' or '.join(DENSE_MASK_KERNELS)})"
+    return None
+
+
+def _prefix_cache(model: Any, prompt: PromptBatch, ids_BGC: Tensor, mask_BGC: Tensor, settings: dict) -> Tensor:
+    """[B, G, C, 2] log-probs and entropies."""
+    from transformers import DynamicCache
+
+    groups, group_size, length = ids_BGC.shape
+    positions, next_B = prompt_positions(model, prompt)
+    cache = DynamicCache(config=base_model(model).config)
+    with scoring_head(model, lambda hidden_BTD: hidden_BTD[:, -1], ids_BGC[:, :, 0], **settings):
+        first = model(
+            input_ids=prompt.input_ids,
+            attention_mask=prompt.attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **prompt.vision,
+        ).logits
+    first_BG2 = torch.stack([first[:, :-1], first[:, -1:].expand(-1, group_size)], -1)
+    if group_size > 1:
+        cache.batch_repeat_interleave(group_size)
+
+    ids_NC, mask_NC = ids_BGC.flatten(0, 1), mask_BGC.flatten(0, 1)
+    prompt_mask_NP = prompt.attention_mask.repeat_interleave(group_size, 0)
+    steps_NC = next_B.repeat_interleave(group_size)[:, None] + torch.arange(length, device=ids_NC.device)
+    later_NC = mask_NC[:, 1:]
+    later_M1 = ids_NC[:, 1:][later_NC][:, None]
+    with scoring_head(model, lambda hidden_NCD: hidden_NCD[:, :-1][later_NC], later_M1, **settings):
+        rest_M2 = model(
+            input_ids=ids_NC,
+            attention_mask=torch.cat([prompt_mask_NP, torch.ones_like(ids_NC)], 1),
+            position_ids=text_positions(model, steps_NC),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+    first_N12 = first_BG2.flatten(0, 1)[:, None] * mask_NC[:, :1, None]
+    rest_NC2 = rest_M2.new_zeros(*later_NC.shape, 2).masked_scatter(later_NC[..., None], rest_M2)
+    return torch.cat([first_N12, rest_NC2], 1).view(groups, group_size, length, 2)
+
+
+def _packed(model: Any, prompt: PromptBatch, ids_BGC: Tensor, mask_BGC: Tensor, settings: dict) -> Tensor:
+    """[B, G, C, 2] log-probs and entropies."""
+    positions, next_B = prompt_positions(model, prompt)
+    row = PackedRows(prompt, ids_BGC, mask_BGC)
+    steps_BGC = next_B[:, None, None] + torch.arange(ids_BGC.shape[2], device=ids_BGC.device).expand_as(ids_BGC)
+    rope = torch.cat([positions, text_positions(model, steps_BGC.flatten(1))], -1)
+    rope = row.pack(rope)
+    vision, types = dict(prompt.vision), None
+    for name in [name for name in vision if name.endswith("token_type_ids")]:
+        types = row.pack(torch.cat([vision[name], torch.zeros_like(ids_BGC).flatten(1)], 1))
+        vision[name] = types
+    with scoring_head(model, lambda hidden_BTD: hidden_BTD[row.predicting], ids_BGC[mask_BGC][:, None], **settings):
+        both_M2 = model(
+            input_ids=row.ids,
+            attention_mask=packed_masks(model, row.segments, rope, types),
+            position_ids=rope,
+            use_cache=False,
+            **vision,
+        ).logits
+    return both_M2.new_zeros(*ids_BGC.shape, 2).masked_scatter(mask_BGC[..., None], both_M2)

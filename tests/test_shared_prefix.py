@@ -1,0 +1,290 @@
+"""The shared-prefix layouts against the plain route, for every family, layout and switch that is admitted."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rft_lightning.errors import ConfigConflictError
+from rft_lightning.policy import logprobs
+from rft_lightning.policy.families import FAMILIES, base_model
+from rft_lightning.policy.loading import load_policy
+from rft_lightning.policy.plain import plain_group_logprobs
+from rft_lightning.policy.self_check import layout_error, settle_layout, tolerance
+from rft_lightning.policy.shared_prefix import (
+    PLAIN,
+    choose_layout,
+    group_logprobs,
+    group_logprobs_and_entropies,
+)
+from rft_lightning.prompts import PromptEncoder
+from rft_lightning.sample import Sample
+from rft_lightning.tasks import ClassificationTask
+
+SHARING = [name for name, family in FAMILIES.items() if family.layouts]
+# Questions and pictures of different sizes; the last prompt is the longest.
+PICTURES = [((40, 64), "What?"), ((96, 48), "Which of the shapes is it?"), ((64, 64), "Please name the shape. " * 4)]
+LENGTH = 6
+
+
+def samples():
+    pixels = np.random.default_rng(0)
+    return [
+        Sample(f"s{i}", Image.fromarray(pixels.integers(0, 255, (height, width, 3), dtype=np.uint8)), None,
+               ClassificationTask(), (width, height), question=question)
+        for i, ((width, height), question) in enumerate(PICTURES)
+    ]  # fmt: skip
+
+
+@cache
+def encoded(folder):
+    return PromptEncoder(folder)(samples())
+
+
+def completions(groups, group_size, vocabulary=300):
+    """Ragged: in every group one completion of a single token, and one of full length if there are two."""
+    generator = torch.Generator().manual_seed(group_size)
+    ids = torch.randint(20, vocabulary, (groups, group_size, LENGTH), generator=generator)
+    lengths = torch.randint(2, LENGTH, (groups, group_size), generator=generator)
+    lengths[:, 0] = torch.tensor([1, LENGTH, 3])[:groups]
+    lengths[:, -1] = torch.tensor([LENGTH, 1, LENGTH - 1])[:groups]
+    return ids, torch.arange(LENGTH) < lengths[..., None]
+
+
+@cache
+def policy(folder, lora, checkpointing):
+    more = {"lora": {"r": 4}} if lora else {}
+    model = load_policy(folder, **more, **({"gradient_checkpointing": True} if checkpointing else {}))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # begins at zero, where adapters change nothing and lora_A has no gradient
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def tower_parameters(model):
+    tower = FAMILIES[base_model(model).config.model_type].parts["vision_tower"][0]
+    return [(name, p) for name, p in model.named_parameters() if f"{tower.removeprefix('model.')}." in name]
+
+
+def value_and_gradient(model, run, mask):
+    model.zero_grad()
+    logp = run()
+    weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    (logp * weights * mask).sum().backward()
+    return logp.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(found, expected, names):
+    difference = sum((found[name] - expected[name]).square().sum() for name in names)
+    return float((difference / sum(expected[name].square().sum() for name in names)).sqrt())
+
+
+@pytest.mark.parametrize("frozen_tower", [False, True], ids=["tower", "frozen"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("group_size", [1, 2, 8])
+@pytest.mark.parametrize("layout", ["prefix_cache", "packed"])
+@pytest.mark.parametrize("family", SHARING)
+def test_equals_the_plain_route(family_folder, family, layout, group_size, lora, checkpointing, frozen_tower):
+    folder = family_folder(family)
+    model, prompt = policy(folder, lora, checkpointing), encoded(folder)
+    ids, mask = completions(len(prompt), group_size)
+    if layout == "prefix_cache" and checkpointing:
+        with pytest.raises(ConfigConflictError, match=r"'prefix_cache', but gradient checkpointing is on"):
+            group_logprobs(model, prompt, ids, mask, forward=layout)
+        return
+    tower = [(name, p) for name, p in tower_parameters(model) if p.requires_grad]
+    for _, parameter in tower if frozen_tower else ():
+        parameter.requires_grad_(False)
+    try:
+        expected, expected_gradient = value_and_gradient(
+            model, lambda: plain_group_logprobs(model, prompt, ids, mask)[0], mask
+        )
+        found, gradient = value_and_gradient(
+            model, lambda: group_logprobs(model, prompt, ids, mask, forward=layout), mask
+        )
+    finally:
+        for _, parameter in tower:
+            parameter.requires_grad_(True)
+    assert (found - expected)[mask].abs().max() < 1e-5
+    assert (found[~mask] == 0).all()
+    assert gradient.keys() == expected_gradient.keys()
+    assert relative(gradient, expected_gradient, gradient) < 1e-4
+    in_tower = [name for name, _ in tower if name in gradient]
+    assert bool(in_tower) == (not frozen_tower)
+    if in_tower:
+        assert relative(gradient, expected_gradient, in_tower) < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["prefix_cache", "packed"])
+@pytest.mark.parametrize("family", SHARING)
+def test_entropies_and_temperature(family_folder, family, layout):
+    folder = family_folder(family)
+    model, prompt = policy(folder, False, False), encoded(folder)
+    ids, mask = completions(len(prompt), 3)
+    with torch.no_grad():
+        expected = plain_group_logprobs(model, prompt, ids, mask, temperature=0.6, with_entropy=True)
+        found = group_logprobs_and_entropies(model, prompt, ids, mask, temperature=0.6, forward=layout)
+    for ours, plain in zip(found, expected, strict=True):
+        assert (ours - plain)[mask].abs().max() < 2e-5
+        assert (ours[~mask] == 0).all()
+
+
+def test_eager_attention_gets_an_additive_mask(family_folder):
+    """A bool mask would be added as 0 and 1."""
+    folder = family_folder("qwen2_vl")
+    model, prompt = load_policy(folder, attn_implementation="eager"), encoded(folder)
+    ids, mask = completions(len(prompt), 3)
+    with torch.no_grad():
+        expected, _ = plain_group_logprobs(model, prompt, ids, mask)
+        for layout in ("prefix_cache", "packed"):
+            assert (group_logprobs(model, prompt, ids, mask, forward=layout) - expected)[mask].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["prefix_cache", "packed"])
+@pytest.mark.parametrize("family", SHARING)
+def test_a_group_costs_its_prompt_once(family_folder, family, layout):
+    """Tokens that pass through the first decoder block, and pictures that pass through the tower."""
+    folder = family_folder(family)
+    model = policy(folder, False, False)
+    batch = encoded(folder)
+    prompt = batch.select(1, 2)
+    ids = torch.randint(20, 300, (1, 8, LENGTH))
+    counted = {"tokens": 0, "pictures": 0}
+    inner = base_model(model).model
+
+    def count_tokens(module, args, kwargs, output):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        counted["tokens"] += hidden.shape[0] * hidden.shape[1]
+
+    def count_pictures(*_):
+        counted["pictures"] += 1
+
+    tower = inner.get_submodule(FAMILIES[family].parts["vision_tower"][0].removeprefix("model."))
+    hooks = [
+        inner.language_model.layers[0].register_forward_hook(count_tokens, with_kwargs=True),
+        tower.register_forward_hook(count_pictures),
+    ]
+    try:
+        with torch.no_grad():
+            group_logprobs(model, prompt, ids, torch.ones_like(ids).bool(), forward=layout)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert counted == {"tokens": prompt.input_ids.shape[1] + ids.numel(), "pictures": 1}
+
+
+@pytest.mark.parametrize("layout", ["prefix_cache", "packed"])
+def test_logits_never_exist_in_full(family_folder, monkeypatch, layout):
+    """No tensor of the forward or backward has more rows of the vocabulary than a chunk."""
+    folder = family_folder("qwen2_vl")
+    model, prompt = policy(folder, False, False), encoded(folder)
+    ids, mask = completions(len(prompt), 8)
+    vocabulary = base_model(model).config.text_config.vocab_size
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 5 * vocabulary)
+    rows = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.ndim and result.shape[-1] == vocabulary:
+                rows.append(result.numel() // vocabulary)
+            return result
+
+    weight = model.lm_head.weight
+    assert weight.shape[0] == vocabulary
+    with Watch():
+        logp = group_logprobs(model, prompt, ids, mask, forward=layout)
+        logp.sum().backward()
+    model.zero_grad()
+    assert max(rows) == 5
+    torch.testing.assert_close(
+        logp.detach(), group_logprobs(model, prompt, ids, mask, forward=PLAIN), atol=1e-5, rtol=0
+    )
+
+
+# Which layout
+
+
+def test_auto_takes_the_familys_preferred_layout_that_is_possible(family_folder):
+    folder = family_folder("qwen2_vl")
+    assert choose_layout(policy(folder, False, False)) == "prefix_cache"
+    checkpointing = policy(folder, False, True)
+    assert choose_layout(checkpointing) == "packed"
+    assert choose_layout(checkpointing.eval()) == "prefix_cache"
+    checkpointing.train()
+    assert choose_layout(load_policy(family_folder("qwen3_5"))) == PLAIN
+
+
+def test_the_head_is_itself_again_after_a_failed_forward(family_folder):
+    folder = family_folder("qwen2_vl")
+    model, prompt = policy(folder, False, False), encoded(folder)
+    ids, mask = completions(len(prompt), 2)
+    with pytest.raises(IndexError):
+        group_logprobs(model, prompt, ids + 10_000_000, mask, forward="packed")
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_a_layout_that_cannot_be_exact_is_refused_by_name(family_folder):
+    folder = family_folder("qwen2_vl")
+    with pytest.raises(ConfigConflictError, match=r"'packed'.*'qwen3_5' \(known: none.*docs/adding-a-model.md"):
+        choose_layout(load_policy(family_folder("qwen3_5")), "packed")
+    with pytest.raises(ConfigConflictError, match="Expected forward to be one of auto, prefix_cache, packed, plain"):
+        choose_layout(policy(folder, False, False), "cached")
+    model = load_policy(folder)
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ConfigConflictError, match="'flash_attention_2' takes no dense mask"):
+        choose_layout(model, "packed")
+    assert choose_layout(model) == "prefix_cache"
+
+
+# The self-check
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_the_self_check_admits_what_is_exact(family_folder, family):
+    folder = family_folder(family)
+    for layout in FAMILIES[family].layouts:
+        assert layout_error(policy(folder, False, False), PromptEncoder(folder), layout) < 1e-5
+
+
+def planted_bool_mask(monkeypatch, family_folder):
+    """Eager attention that gets the bool mask as it is."""
+    from rft_lightning.policy import packing
+
+    monkeypatch.setattr(packing, "_for_kernel", lambda model, seen: seen[:, None])
+    return load_policy(family_folder("qwen2_vl"), attn_implementation="eager"), family_folder("qwen2_vl")
+
+
+def planted_linear_attention(monkeypatch, family_folder):
+    """A family in the table that does not belong there."""
+    from dataclasses import replace
+
+    monkeypatch.setitem(FAMILIES, "qwen3_5", replace(FAMILIES["qwen3_5"], layouts=("packed",)))
+    return load_policy(family_folder("qwen3_5")), family_folder("qwen3_5")
+
+
+@pytest.mark.parametrize("plant", [planted_bool_mask, planted_linear_attention])
+def test_the_self_check_refuses_a_wrong_layout(monkeypatch, family_folder, plant):
+    model, folder = plant(monkeypatch, family_folder)
+    encoder = PromptEncoder(folder)
+    assert layout_error(model, encoder, "packed") > 10 * tolerance(model)
+    settings = {"device": "cpu", "precision": "32-true"}
+    with pytest.raises(ConfigConflictError, match=r"packed gives other log-probs.*auto or plain"):
+        settle_layout(model, "packed", encoder, **settings)
+    monkeypatch.setitem(FAMILIES, model.config.model_type, FAMILIES[model.config.model_type].__class__(
+        "relative", ("packed",), {}))  # fmt: skip
+    with pytest.warns(UserWarning, match="packed gives other log-probs"):
+        assert settle_layout(model, "auto", encoder, **settings) == PLAIN
+    assert model.training
+
+
+def test_a_family_without_a_layout_says_so(family_folder, caplog):
+    folder = family_folder("qwen3_5")
+    with caplog.at_level("INFO"):
+        layout = settle_layout(load_policy(folder), "auto", PromptEncoder(folder), device="cpu", precision="32-true")
+    assert layout == PLAIN
+    assert "forward: plain. No shared-prefix layout is known to be exact for qwen3_5" in caplog.text
