@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from rft_lightning.checkpointing import export_policy
+from rft_lightning.checkpointing import check_export_folder, export_policy
 
 
 class HFExport(Callback):
@@ -17,15 +17,25 @@ class HFExport(Callback):
 
     Args:
         output_dir: where to write; an earlier export there is replaced. None: ``policy`` in the first logger's folder.
+
+    Raises:
+        ConfigConflictError: (at the start of fit) something is there that is no earlier export.
     """
 
     def __init__(self, output_dir: str | Path | None = None) -> None:
         self.output_dir = None if output_dir is None else Path(output_dir)
+        self._folder = Path()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # log_dir is a broadcast, so every process asks for it.
+        self._folder = self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "policy"
+        if trainer.is_global_zero:
+            check_export_folder(self._folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            folder = self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "policy"
-            data = getattr(trainer, "datamodule", None)
-            processor = pl_module.processor if data is None else data.encoder.processor
-            export_policy(pl_module.policy, processor, folder)  # type: ignore[arg-type]
-            rank_zero_info(f"The tuned policy is in {folder}; use it as --model.policy {folder}")
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        policy = pl_module.whole_policy()  # type: ignore[operator]
+        if trainer.is_global_zero:
+            export_policy(policy, pl_module.prompt_processor, self._folder)
+            rank_zero_info(f"The tuned policy is in {self._folder}; use it as --model.policy {self._folder}")

@@ -2,6 +2,7 @@
 
 from rft_lightning.datamodules.base import RFTDataModule
 from rft_lightning.datamodules.coco import COCODetectionDataModule
+from rft_lightning.datamodules.images import ImagesDataModule
 from rft_lightning.datamodules.shapes import ShapesDataModule
 
-__all__ = ["COCODetectionDataModule", "RFTDataModule", "ShapesDataModule"]
+__all__ = ["COCODetectionDataModule", "ImagesDataModule", "RFTDataModule", "ShapesDataModule"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import sys
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from rft_lightning import __version__
 from rft_lightning.config_files import install_loader
 from rft_lightning.datamodules import RFTDataModule
 from rft_lightning.errors import ConfigConflictError, RFTError
+from rft_lightning.export import export
 from rft_lightning.grpo import GRPOModule  # noqa: F401
 from rft_lightning.policy_module import FSDP_MESSAGE, PolicyModule
 from rft_lightning.sft import SFTModule  # noqa: F401
@@ -35,7 +38,7 @@ class RFTCLI(LightningCLI):
         trainer = self.config[self.config.subcommand].trainer
         strategy = trainer.strategy
         name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
-        if name in ("fsdp", "fsdp_cpu_offload", "fsdp2") or name.endswith("FSDPStrategy"):
+        if name in ("fsdp", "fsdp_cpu_offload") or name.endswith("FSDPStrategy"):
             raise ConfigConflictError(FSDP_MESSAGE)
         if trainer.enable_progress_bar is False and trainer.callbacks:
             trainer.callbacks = [c for c in trainer.callbacks if not c.class_path.endswith("ProgressBar")]
@@ -89,7 +92,9 @@ def configs(copy: str | None = None) -> None:
         print(f"copied: {target}")
 
 
-COMMANDS = {"configs": configs}
+COMMANDS: dict[str, Callable[..., None]] = {"configs": configs, "export": export}
+# What `--data CLASS` keeps of a file's `data` block: how prompts are made and batched, not whose data it is.
+SHARED_DATA_ARGUMENTS = {*inspect.signature(RFTDataModule).parameters, "task"}
 
 
 def run(args: ArgsType = None) -> Any:
@@ -99,7 +104,7 @@ def run(args: ArgsType = None) -> Any:
         from jsonargparse import auto_cli
 
         return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"rft {words[0]}")
-    install_loader()
+    install_loader(words if isinstance(words, list) else (), SHARED_DATA_ARGUMENTS)
     return RFTCLI(
         PolicyModule,
         RFTDataModule,
@@ -111,7 +116,8 @@ def run(args: ArgsType = None) -> Any:
         save_config_kwargs={"overwrite": True},
         parser_kwargs={
             "version": f"rft_lightning {__version__}",
-            "epilog": "Further commands: configs (list and copy the shipped configuration files).",
+            "epilog": "Further commands: configs (list and copy the shipped configuration files), export (a checkpoint "
+            "as a Hugging Face folder).",
             # The generated usage is a hundred lines, which would bury the error below it.
             **{name: {"usage": f"rft {name} --config FILE [options]"} for name in RFTCLI.subcommands()},
         },

@@ -1,12 +1,16 @@
-"""`config: base.yaml` inside a configuration file: start from another file.
+"""`config: base.yaml` inside a configuration file: start from another file; and what `--data CLASS` leaves of a file.
 
 jsonargparse replaces whole groups when a file includes another one (checked with 4.53), so that a file which sets
 `trainer.max_steps` loses every other trainer setting of its base. Files are therefore merged here, before parsing: the
 including file wins, key by key.
+
+jsonargparse also keeps arguments of the same name when the command line names another class: `--data ImagesDataModule`
+would ask about the `classes` of the file's data set. What describes the file's own data is therefore left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +18,54 @@ import jsonargparse
 import yaml
 
 
-def install_loader() -> None:
-    """Make every YAML file that jsonargparse reads resolve its `config:` line; calling it again changes nothing."""
+def install_loader(words: Sequence[str] = (), shared: Collection[str] = ()) -> None:
+    """Make every YAML file that jsonargparse reads resolve its `config:` line; calling it again replaces the settings.
+
+    Args:
+        words: the command line. Where it names a datamodule, a file's `data` block of another class keeps only
+            `shared`.
+        shared: arguments that are not about the data of one class.
+    """
     load = jsonargparse.get_loader("yaml")
-    if getattr(load, "resolves_base", False):
-        return
+    load = getattr(load, "plain", load)
+    named, current = named_data_class(words), None
 
     def load_with_base(text: str) -> Any:
+        nonlocal current
+        config = resolve(text)
+        data = config.get("data") if isinstance(config, dict) else None
+        if named is None or not isinstance(data, dict):
+            return config
+        current = _class_name(data) if "class_path" in data else current  # else more of the file before
+        return config if current in (None, named) else {**config, "data": _only(data, shared)}
+
+    def resolve(text: str) -> Any:
         data = load(text)
         if not isinstance(data, dict) or not isinstance(data.get("config"), str):
             return data
         base_file = jsonargparse.Path(data.pop("config"), mode="fr")
         with base_file.relative_path_context():
-            base = load_with_base(Path(base_file.absolute).read_text(encoding="utf-8"))
+            base = resolve(Path(base_file.absolute).read_text(encoding="utf-8"))
         return merge(base, data)
 
-    load_with_base.resolves_base = True  # type: ignore[attr-defined]
+    load_with_base.plain = load  # type: ignore[attr-defined]
     jsonargparse.set_loader("yaml", load_with_base, (yaml.YAMLError,))
+
+
+def named_data_class(words: Sequence[str]) -> str | None:
+    """The datamodule class that a command line names with `--data CLASS`; None without one (or where it is a file)."""
+    named = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        value = following if word == "--data" else word.removeprefix("--data=") if word.startswith("--data=") else ""
+        if value.replace(".", "_").isidentifier() and not value.endswith((".yaml", ".yml", ".json")):
+            named = value.rsplit(".", 1)[-1]
+    return named
+
+
+def _only(block: dict[str, Any], shared: Collection[str]) -> dict[str, Any]:
+    """A class block with no other arguments than `shared`."""
+    arguments = block.get("init_args") or {}
+    return {**block, "init_args": {key: value for key, value in arguments.items() if key in shared}}
 
 
 def merge(base: Any, over: Any) -> Any:

@@ -1,0 +1,45 @@
+"""`rft export`: the policy of a checkpoint as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rft_lightning.checkpointing import check_export_folder, export_policy, read_record
+from rft_lightning.errors import CheckpointError, ConfigConflictError
+from rft_lightning.policy.loading import load_config, load_processor, resolve_checkpoint
+from rft_lightning.policy_module import PolicyModule
+
+
+def export(ckpt: str, output_dir: str | None = None, policy: str | None = None) -> None:
+    """Write the tuned policy of a checkpoint as a folder that plain transformers load.
+
+    Args:
+        ckpt: a .ckpt file of `rft fit`, such as runs/csv/version_0/checkpoints/last.ckpt.
+        output_dir: folder to write; an earlier export there is replaced. `policy` in the run's folder by default.
+        policy: the checkpoint that training started from, where it has moved since.
+    """
+    record = read_record(ckpt)
+    base, folder = policy or record["policy"], Path(output_dir or default_folder(ckpt))
+    check_export_folder(folder)
+    try:
+        load_config(base)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error} Training started from this policy; if it has moved, say where it is: --policy FOLDER."
+        ) from error
+    if folder.exists() and folder.samefile(resolve_checkpoint(base)):
+        raise ConfigConflictError(
+            f"{folder} is the policy that training started from, which the checkpoint still needs. Choose another "
+            "output_dir."
+        )
+    module = PolicyModule(base, **record["settings"])
+    module.load_for_sampling(ckpt)
+    assert module.policy is not None
+    export_policy(module.policy, load_processor(base, **record["pixel_limits"]), folder)
+    print(f"The tuned policy is in {folder}; use it as --model.policy {folder}, or with plain transformers")
+
+
+def default_folder(ckpt: str) -> Path:
+    """`policy` in the folder of the run, where HFExport writes too; beside a file that lies in no `checkpoints`."""
+    folder = Path(ckpt).absolute().parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "policy"
