@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +15,10 @@ from torch import Tensor, nn
 from rft_lightning.advantages import group_advantages, total_rewards
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.objectives import GRPOObjective
-from rft_lightning.policy.loading import frozen_copy
-from rft_lightning.policy.plain import plain_group_logprobs
+from rft_lightning.policy.loading import evaluating, frozen_copy, load_policy
+from rft_lightning.policy.shared_prefix import group_logprobs_and_entropies
 from rft_lightning.policy_module import PolicyModule
 from rft_lightning.sample import PromptBatch, Rollouts
-from rft_lightning.seeding import derived_seed
 
 
 @dataclass
@@ -117,18 +118,35 @@ class GRPOModule(PolicyModule):
         self._reference: tuple[nn.Module, ...] = ()
 
     def configure_model(self) -> None:
-        """Load the policy and, to train with beta > 0, keep a frozen copy of it as it starts."""
+        """Load the policy and, to train all its weights with beta > 0, keep a frozen copy of it as it starts."""
         super().configure_model()
         evaluating = self._trainer is not None and self._trainer.state.fn != "fit"
-        if self.objective.beta > 0 and not self._reference and not evaluating:
+        if self.objective.beta > 0 and self.lora is None and not self._reference and not evaluating:
             assert self.policy is not None
-            self._reference = (frozen_copy(self.policy),)
+            self._reference = (frozen_copy(self.policy) if self.device_mesh is None else self._sharded_reference(),)
+
+    def _sharded_reference(self) -> nn.Module:
+        """Loaded anew: sharded models cannot be copied."""
+        reference = load_policy(self.checkpoint, dtype=self.dtype_name, attn_implementation=self.attn_implementation)
+        self._shard(reference.eval().requires_grad_(False))
+        return reference
 
     def on_fit_start(self) -> None:
         """Move the reference model, which Lightning does not know."""
         super().on_fit_start()
         for reference in self._reference:
             reference.to(self.device)
+
+    @contextmanager
+    def reference_model(self) -> Iterator[nn.Module]:
+        """The policy as it started, to score with: the frozen copy, or the policy with its adapters off."""
+        if self.lora is None:
+            with torch.no_grad():
+                yield self._reference[0]
+            return
+        policy: Any = self.policy
+        with evaluating(policy), torch.no_grad(), policy.disable_adapter():
+            yield policy
 
     def steps_per_batch(self, batch_size: int) -> int:
         """Optimiser steps that a rollout batch of `batch_size` prompts makes."""
@@ -158,10 +176,10 @@ class GRPOModule(PolicyModule):
                 chunk,
                 group_size or self.group_size,
                 temperature=self.temperature if temperature is None else temperature,
-                seed=self._rollout_seed(number),
+                step=self.global_step,
                 **self.sampling,
             )
-            for number, chunk in enumerate(chunks)
+            for chunk in chunks
         ]
         return join_rollouts(batch, parts, self.processor.tokenizer.pad_token_id)
 
@@ -210,8 +228,9 @@ class GRPOModule(PolicyModule):
         mini_batches = self._mini_batches(rollouts, advantages_N)
         if self.num_iterations * len(mini_batches) > 1:
             # With a single step the policy is still the one that sampled, and its ratio is 1 without a second forward.
-            for micro in (micro for mini in mini_batches for micro in mini):
-                with torch.no_grad():
+            assert self.policy is not None
+            with evaluating(self.policy), torch.no_grad():  # dropout had no part in the sampling
+                for micro in (micro for mini in mini_batches for micro in mini):
                     micro.old_logp = self._logprobs(self.policy, micro.rollouts)[0]
         totals: list[dict[str, Tensor]] = []
         for _ in range(self.num_iterations):
@@ -234,9 +253,9 @@ class GRPOModule(PolicyModule):
                 last = min(first + micro_size, stop)
                 part = rollouts.select(first, last)
                 micro = MicroBatch(part, advantages_N[first * group_size : last * group_size])
-                if self._reference:
-                    with torch.no_grad():
-                        micro.ref_logp = self._logprobs(self._reference[0], part)[0]
+                if self.objective.beta > 0:
+                    with self.reference_model() as reference:
+                        micro.ref_logp = self._logprobs(reference, part)[0]
                 mini.append(micro)
             mini_batches.append(mini)
         return mini_batches
@@ -276,21 +295,18 @@ class GRPOModule(PolicyModule):
         self, model: nn.Module | None, rollouts: Rollouts, *, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         assert model is not None
-        logp_BGC, entropy_BGC = plain_group_logprobs(
+        logp_BGC, entropy_BGC = group_logprobs_and_entropies(
             model,
             rollouts.prompts,
             rollouts.completion_ids,
             rollouts.completion_mask,
             temperature=self.temperature,
+            forward=self.layout,
             with_entropy=with_entropy,
         )
         return logp_BGC.flatten(0, 1), None if entropy_BGC is None else entropy_BGC.flatten(0, 1)
 
     # Bookkeeping
-
-    def _rollout_seed(self, chunk: int) -> int:
-        """A function of run seed, optimiser step, process and chunk: a resumed run samples what it would have."""
-        return derived_seed(self.seed, self.global_step, self.global_rank, chunk)
 
     def _log_batch(
         self, rollouts: Rollouts, scores: Scores, statistics: dict[str, Tensor], seconds: dict[str, float]
@@ -338,10 +354,12 @@ def join_rollouts(batch: PromptBatch, parts: list[Rollouts], pad: int) -> Rollou
     def widen(tensor: Tensor, value: int) -> Tensor:
         return nn.functional.pad(tensor, (0, width - tensor.shape[-1]), value=value)
 
+    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
     return Rollouts(
         prompts=batch,
         completion_ids=torch.cat([widen(part.completion_ids, pad) for part in parts]),
         completion_mask=torch.cat([widen(part.completion_mask, False) for part in parts]),
         texts=[texts for part in parts for texts in part.texts],
         truncated=torch.cat([part.truncated for part in parts]),
+        logprobs=torch.cat([widen(logp, 0) for logp in logprobs]) if len(logprobs) == len(parts) else None,
     )

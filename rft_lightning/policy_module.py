@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rft_lightning.checkpointing import RECORD, policy_record
 from rft_lightning.errors import CheckpointError, ConfigConflictError, NonFiniteError
 from rft_lightning.policy.loading import load_policy, load_processor
-from rft_lightning.policy.rollout import sample_groups
+from rft_lightning.policy.rollout import ENGINES, sample_groups
+from rft_lightning.policy.self_check import settle_layout
+from rft_lightning.policy.shared_prefix import FORWARDS
+from rft_lightning.prompts import PromptEncoder
 from rft_lightning.sample import Prediction, PromptBatch, Rollouts
-from rft_lightning.seeding import run_seed
+from rft_lightning.seeding import derived_seed, run_seed
+from rft_lightning.sharding import FSDP2Strategy, full_state, local, set_gradient_sync, shard, unsharded
 
 T = TypeVar("T")
 
 FSDP_MESSAGE = (
-    "The strategy fsdp (FSDP1) cannot run manual optimisation, which these modules use. The sharding to come is "
-    "`fsdp2`, which is not registered yet in this version; use --trainer.strategy ddp."
+    "The strategy fsdp (FSDP1) cannot run manual optimisation, which these modules use. Shard with "
+    "--trainer.strategy fsdp2, or use ddp where the policy fits on each device."
 )
 
 
@@ -42,8 +47,19 @@ class PolicyModule(LightningModule):
         dtype: dtype of the weights in memory: float32 (with `trainer.precision: bf16-mixed` on GPU) or bfloat16, in
             which an update of 1e-6 to a weight above 3e-4 is rounded away: raise the learning rate.
         attn_implementation: attention kernel, as transformers names it.
+        lora: train LoRA adapters instead of the weights: fields of ``peft.LoraConfig``, such as {r: 16, lora_alpha:
+            32}; on all linear layers but the output head unless `target_modules` says otherwise.
+        freeze: parts that are not trained and get no adapters: vision_tower, projector, language_model.
+        gradient_checkpointing: recompute activations in backward: less memory, more time.
+        forward: how log-probs are computed: ``prefix_cache`` or ``packed`` (the prompt and its image once per group),
+            ``plain`` (once per completion), or ``auto``: the fastest that is exact for the family, attention and
+            gradient checkpointing at hand, checked against ``plain`` at the start of fit.
+        rollout_engine: ``native`` (prompts computed once per group, noise that does not depend on the batch) or ``hf``
+            (the model's own ``generate``).
         mini_batch_prompts: prompts per optimiser step and process; the whole batch when None.
         micro_batch_prompts: prompts per forward and backward pass; bounds the memory. The mini-batch when None.
+        sync_gradients: under `fsdp2`, when gradients are summed over the processes: ``micro_batch`` (each keeps only its
+            part) or ``step`` (once per optimiser step, for the memory of whole gradients).
         max_grad_norm: global norm to which gradients are clipped; None does not clip.
         max_completion_length: most tokens of a completion, in rollouts and in evaluation.
         eval_temperature: temperature in validation, test and prediction; 0 is greedy.
@@ -60,8 +76,14 @@ class PolicyModule(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         dtype: str = "float32",
         attn_implementation: str = "sdpa",
+        lora: dict[str, Any] | None = None,
+        freeze: Sequence[str] = (),
+        gradient_checkpointing: bool = False,
+        forward: str = "auto",
+        rollout_engine: str = "native",
         mini_batch_prompts: int | None = None,
         micro_batch_prompts: int | None = None,
+        sync_gradients: str = "micro_batch",
         max_grad_norm: float | None = 1.0,
         max_completion_length: int = 256,
         eval_temperature: float = 0.0,
@@ -70,6 +92,13 @@ class PolicyModule(LightningModule):
         super().__init__()
         if schedule not in ("linear", "cosine", "constant"):
             raise ConfigConflictError(f"Expected schedule linear, cosine or constant, found {schedule!r}.")
+        if forward not in FORWARDS or rollout_engine not in ENGINES:
+            raise ConfigConflictError(
+                f"Expected forward {', '.join(FORWARDS)}, found {forward!r}, and rollout_engine {', '.join(ENGINES)}, "
+                f"found {rollout_engine!r}."
+            )
+        if sync_gradients not in ("micro_batch", "step"):
+            raise ConfigConflictError(f"Expected sync_gradients micro_batch or step, found {sync_gradients!r}.")
         for name, size in (("mini_batch_prompts", mini_batch_prompts), ("micro_batch_prompts", micro_batch_prompts)):
             if size is not None and size < 1:
                 raise ConfigConflictError(f"Expected {name} >= 1 or null, found {size}.")
@@ -78,12 +107,18 @@ class PolicyModule(LightningModule):
         self.optimizer_callable, self.lr_scheduler_callable = optimizer, lr_scheduler
         self.schedule, self.warmup_steps = schedule, warmup_steps
         self.dtype_name, self.attn_implementation = dtype, attn_implementation
+        self.lora, self.freeze_parts = lora, list(freeze)
+        self.gradient_checkpointing = gradient_checkpointing
         self.mini_batch_prompts, self.micro_batch_prompts = mini_batch_prompts, micro_batch_prompts
-        self.max_grad_norm = max_grad_norm
+        # `layout` is what `forward` means for the policy, once the start of fit has chosen and checked it.
+        self.forward_option, self.layout = forward, forward
+        self.rollout_engine = rollout_engine
+        self.sync_gradients, self.max_grad_norm = sync_gradients, max_grad_norm
         self.max_completion_length, self.eval_temperature = max_completion_length, eval_temperature
         self.seed = run_seed(seed)
         self.policy: nn.Module | None = None
         self.processor: Any = None
+        self._gathered = ExitStack()
 
     # Set-up
 
@@ -92,6 +127,21 @@ class PolicyModule(LightningModule):
         return -(-batch_size // (self.mini_batch_prompts or batch_size))
 
     def on_fit_start(self) -> None:
+        """Settle the layout of the forward, and refuse a `max_steps` at which the run could not be resumed."""
+        self._settle_layout()
+        self._check_max_steps()
+
+    def _settle_layout(self) -> None:
+        """Before any log-prob is used: see :func:`settle_layout`."""
+        data = getattr(self.trainer, "datamodule", None)
+        encoder = PromptEncoder(self.checkpoint, max_prompt_length=None) if data is None else data.encoder
+        assert self.policy is not None
+        with unsharded(self.policy), self.trainer.precision_plugin.forward_context():
+            self.layout = settle_layout(
+                self.policy, self.forward_option, encoder, device=self.device, precision=str(self.trainer.precision)
+            )
+
+    def _check_max_steps(self) -> None:
         """A run stopped inside a training batch could not be resumed exactly, so `max_steps` must not fall there."""
         data = getattr(self.trainer, "datamodule", None)
         if data is None or self.trainer.max_steps < 0:
@@ -114,12 +164,32 @@ class PolicyModule(LightningModule):
         return []
 
     def configure_model(self) -> None:
-        """Load the policy; Lightning may call this more than once."""
+        """Load the policy, and shard it under `fsdp2`; Lightning may call this more than once."""
         if self.policy is None:
-            self.policy = load_policy(
-                self.checkpoint, dtype=self.dtype_name, attn_implementation=self.attn_implementation
-            )
+            self.policy = self._load()
             self.processor = load_processor(self.checkpoint)
+            self._shard(self.policy)
+
+    def _load(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)  # new adapters start alike on every process and in every run of a seed
+            return load_policy(
+                self.checkpoint,
+                dtype=self.dtype_name,
+                attn_implementation=self.attn_implementation,
+                lora=self.lora,
+                freeze=self.freeze_parts,
+                gradient_checkpointing=self.gradient_checkpointing,
+            )
+
+    def _shard(self, model: nn.Module) -> None:
+        """Under `fsdp2`, shard a model that was just loaded."""
+        if self.device_mesh is None:
+            return
+        # Autocast alone would keep a bfloat16 copy of every gathered weight until backward, as large as the model, and
+        # gather twice the bytes.
+        mixed = self.trainer.precision == "bf16-mixed"
+        shard(model, self.device_mesh["data_parallel"], param_dtype=torch.bfloat16 if mixed else None)
 
     def configure_optimizers(self) -> Any:
         """AdamW and a linear decay to 0 over `trainer.max_steps` unless told otherwise (the paper's)."""
@@ -161,10 +231,42 @@ class PolicyModule(LightningModule):
         except (OSError, KeyError, RuntimeError) as error:
             raise CheckpointError(
                 f"{ckpt_path} does not hold this policy: {str(error).splitlines()[0]} Expected a .ckpt file that `fit` "
-                "wrote with the same model.policy."
+                "wrote with the same model.policy and model.lora."
             ) from error
 
+    # The checkpoint
+
+    @property
+    def prompt_processor(self) -> Any:
+        """The processor of the prompts: the datamodule's, with its image size, or the policy's own without one."""
+        data = None if self._trainer is None else getattr(self._trainer, "datamodule", None)
+        return self.processor if data is None else data.encoder.processor
+
+    def whole_policy(self) -> nn.Module | None:
+        """The policy on one process: itself, or of a sharded one a copy on the CPU of rank 0, None elsewhere.
+
+        All processes must call it.
+        """
+        assert self.policy is not None
+        state = full_state(self.policy)
+        if state is None:
+            return self.policy
+        if not state:
+            return None
+        whole = self._load()
+        whole.load_state_dict(state)
+        return whole
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the weights belong to, so that `rft export` needs nothing else."""
+        settings = {"dtype": self.dtype_name, "lora": self.lora, "freeze": self.freeze_parts}
+        checkpoint[RECORD] = policy_record(self.checkpoint, settings, self.prompt_processor)
+
     # The optimiser step
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """What a step draws from torch's global state (dropout) follows from seed, step and process alone."""
+        torch.manual_seed(derived_seed(self.seed, self.global_step, self.global_rank))
 
     def _optimizer(self) -> Optimizer:
         """The one optimiser; Lightning's wrapper is a subclass of it at run time."""
@@ -208,6 +310,8 @@ class PolicyModule(LightningModule):
 
     def _gradient_sync(self, last: bool) -> Any:
         """DDP reduces gradients once per optimiser step: micro-batches before the last one keep theirs."""
+        assert self.policy is not None
+        set_gradient_sync(self.policy, sync=last or self.sync_gradients == "micro_batch", last=last)
         strategy = self.trainer.strategy
         return nullcontext() if last or not hasattr(strategy, "block_backward_sync") else strategy.block_backward_sync()
 
@@ -215,7 +319,7 @@ class PolicyModule(LightningModule):
         """Every process stops together, else the others would wait for its gradients."""
         finite = loss.isfinite().all()
         assert self.policy is not None
-        gradients = {n: p.grad for n, p in self.policy.named_parameters() if p.grad is not None}
+        gradients = {n: local(p.grad) for n, p in self.policy.named_parameters() if p.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(gradients.values()))).isfinite() if gradients else None
         ok = finite if norms is None else finite & norms.all()
         everywhere = self.trainer.strategy.reduce(ok.float(), reduce_op="mean")
@@ -223,12 +327,13 @@ class PolicyModule(LightningModule):
             return
         self._optimizer().zero_grad()
         # A reduced gradient is not finite everywhere; the samples to look at are those of a process with a bad loss.
-        culprits: list[list[str]] = [[] if bool(finite) else list(names)]
-        if self.trainer.world_size > 1:
-            local, culprits = culprits[0], [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(culprits, local)
-        named = [name for process in culprits for name in process] or list(names)
         bad = [] if norms is None else [n for n, fine in zip(gradients, norms.tolist(), strict=True) if not fine]
+        found: list[tuple[list[str], list[str]]] = [([] if bool(finite) else list(names), bad)]
+        if self.trainer.world_size > 1:
+            here, found = found[0], [([], [])] * self.trainer.world_size
+            torch.distributed.all_gather_object(found, here)
+        named = [name for culprits, _ in found for name in culprits] or list(names)
+        bad = list(dict.fromkeys(name for _, gradients_there in found for name in gradients_there))
         raise NonFiniteError(
             f"Step {self.global_step}: the loss is {float(loss)} and {len(bad)} gradients are not finite "
             f"({', '.join(bad[:5]) or 'none'}). Samples of the step: {', '.join(named[:16])}. The weights are those of "
@@ -244,8 +349,26 @@ class PolicyModule(LightningModule):
     def generate(self, batch: PromptBatch, group_size: int = 1, **settings: Any) -> Rollouts:
         """Completions by the policy as it is; see :func:`sample_groups` for the settings."""
         assert self.policy is not None
-        settings = {"max_completion_length": self.max_completion_length, **settings}
-        return sample_groups(self.policy, batch, group_size, tokenizer=self.processor.tokenizer, **settings)
+        settings = {
+            "max_completion_length": self.max_completion_length,
+            "engine": self.rollout_engine,
+            "seed": self.seed,
+            **settings,
+        }
+        with unsharded(self.policy):
+            return sample_groups(self.policy, batch, group_size, tokenizer=self.processor.tokenizer, **settings)
+
+    def on_validation_epoch_start(self) -> None:
+        """Gather a sharded policy for the whole epoch: processes may have different numbers of batches."""
+        assert self.policy is not None
+        self._gathered.enter_context(unsharded(self.policy))
+
+    def on_validation_epoch_end(self) -> None:
+        """Shard it again."""
+        self._gathered.close()
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> dict[str, list[Prediction]]:
         """Greedy (or sampled) completions as Predictions; callbacks turn them into metrics."""
@@ -257,7 +380,7 @@ class PolicyModule(LightningModule):
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Prediction]:
         """One Prediction per sample."""
-        rollouts = self.generate(batch, temperature=self.eval_temperature, seed=self.seed + batch_idx)
+        rollouts = self.generate(batch, temperature=self.eval_temperature)
         return [
             Prediction(sample, texts[0], sample.task.read(texts[0], batch.frame, sample.image_size))
             for sample, texts in zip(rollouts.prompts.samples, rollouts.texts, strict=True)
@@ -272,11 +395,19 @@ def check_trainer(trainer: Any) -> None:
     """
     if isinstance(trainer.strategy, FSDPStrategy):
         raise ConfigConflictError(FSDP_MESSAGE)
+    if isinstance(trainer.strategy, ModelParallelStrategy) and not isinstance(trainer.strategy, FSDP2Strategy):
+        raise ConfigConflictError(
+            f"trainer.strategy is {type(trainer.strategy).__name__}, whose tensor-parallel processes would train on the "
+            "same batches. Use --trainer.strategy fsdp2."
+        )
     if trainer.precision in ("16-mixed", "16-true", "bf16-true"):
         raise ConfigConflictError(
             f"trainer.precision is {trainer.precision}: float16 needs loss scaling, which manual steps do not do, and "
             "bf16-true would round the targets. Use bf16-mixed, or 32-true; model.dtype sets the dtype of the weights."
         )
+    # Lightning's own check misses a strategy that is chosen by name.
+    if isinstance(trainer.strategy, FSDP2Strategy) and trainer.precision not in ("32-true", "bf16-mixed"):
+        raise ConfigConflictError(f"fsdp2 runs in precision 32-true or bf16-mixed, found {trainer.precision}.")
     if trainer.accumulate_grad_batches != 1:
         raise ConfigConflictError(
             f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}. One batch is already split into "

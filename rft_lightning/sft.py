@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.policy.plain import plain_group_logprobs
+from rft_lightning.policy.shared_prefix import group_logprobs
 from rft_lightning.policy_module import PolicyModule
 from rft_lightning.sample import PromptBatch
 
@@ -48,8 +48,8 @@ class SFTModule(PolicyModule):
         def loss_of(piece: tuple[PromptBatch, Tensor, Tensor]) -> Tensor:
             prompt, ids_BC, mask_BC = piece
             assert self.policy is not None
-            logp_B1C, _ = plain_group_logprobs(self.policy, prompt, ids_BC[:, None], mask_BC[:, None])
-            return -logp_B1C[:, 0].masked_fill(~mask_BC, 0).sum() / tokens
+            logp_B1C = group_logprobs(self.policy, prompt, ids_BC[:, None], mask_BC[:, None], forward=self.layout)
+            return -logp_B1C.sum() / tokens
 
         return self.optimiser_step(encoded, loss_of, [sample.id for sample in mini.samples])
 

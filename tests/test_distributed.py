@@ -1,5 +1,6 @@
 """Two gloo processes against one, through the command line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -104,3 +105,53 @@ def test_a_bad_loss_on_one_rank_names_its_samples_alone(tmp_path, tiny_policy):
     with pytest.raises(AssertionError, match=rf"NonFiniteError: Step 0.*Samples of the step: {culprits}\. The weights"):
         fit(folder, tiny_policy, 2, 2, "--model.class_path", "helpers.Broken", "--model.group_size", "2",
             "--trainer.max_steps", "1", "--trainer.val_check_interval", "1")  # fmt: skip
+
+
+RECORDER = """
+import json
+from rft_lightning import GRPOModule
+
+class Recorder(GRPOModule):
+    def roll_out(self, batch, **settings):
+        rollouts = super().roll_out(batch, **settings)
+        with open(f"rollouts-{self.global_rank}.jsonl", "a") as file:
+            for sample, texts in zip(batch.samples, rollouts.texts):
+                file.write(json.dumps([self.global_step, sample.id, sample.occurrence, texts]) + "\\n")
+        return rollouts
+
+def length_reward(answer, target, *, rules, step):
+    return (len(answer.text) % 17) / 17
+"""
+
+
+def test_two_processes_sample_and_learn_what_one_does(tmp_path, tiny_policy):
+    """The same completions of every sample in every step, and the same weights after three of them."""
+    weights, rollouts = {}, {}
+    for processes, batch in ((1, 6), (2, 3)):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        (folder / "recorder.py").write_text(RECORDER)
+        (folder / "more.yaml").write_text(
+            "model: {class_path: recorder.Recorder, init_args: {group_size: 3, max_completion_length: 8}}\n"
+            "data: {init_args: {task: {class_path: rft_lightning.tasks.DetectionTask, init_args: "
+            "{rewards: {length: recorder.length_reward}, reward_weights: {length: 1.0}}}}}\n"
+        )
+        # Few rows: some occur twice in a global batch of six.
+        state = fit(
+            folder, tiny_policy, processes, batch, "--config", "more.yaml", "--data.shots", "1",
+            "--model.optimizer", "SGD", "--model.optimizer.lr", "0.1", "--model.schedule", "constant",
+            "--trainer.max_steps", "3", "--trainer.val_check_interval", "3",
+        )  # fmt: skip
+        weights[processes] = state["state_dict"]
+        lines = [json.loads(line) for file in folder.glob("rollouts-*.jsonl") for line in file.open()]
+        rollouts[processes] = {(step, sample, occurrence): texts for step, sample, occurrence, texts in lines}
+        assert len(rollouts[processes]) == len(lines) == 18
+    assert rollouts[1] == rollouts[2]
+    assert any(occurrence for _, _, occurrence in rollouts[1])
+    for (step, sample, occurrence), texts in rollouts[1].items():
+        if occurrence:
+            assert texts != rollouts[1][step, sample, 0]
+    start = load_policy(tiny_policy).state_dict()
+    moved = max((weights[1][f"policy.{name}"] - value).abs().max().item() for name, value in start.items())
+    assert moved > 1e-3
+    assert max((weights[1][name] - weights[2][name]).abs().max().item() for name in weights[1]) < 1e-3 * moved

@@ -360,3 +360,42 @@ def test_fsdp_is_refused_with_an_alternative(tiny_policy):
 
     with pytest.raises(ConfigConflictError, match=r"fsdp2.*not registered yet.*ddp"):
         check_trainer(SimpleNamespace(strategy=FSDPStrategy()))
+
+
+# One run, three forwards
+
+
+def test_ten_steps_are_the_same_on_every_forward(tiny_policy, make_trainer):
+    """Rewards and losses of a run with KL, several steps per rollout and micro-batches."""
+    runs = {}
+    for forward in ("plain", "prefix_cache", "packed"):
+        record = Record()
+        module = grpo(
+            tiny_policy, forward=forward, num_iterations=2, micro_batch_prompts=2, max_completion_length=12, seed=3,
+            top_k=50, optimizer=adamw(2e-4),
+        )  # fmt: skip
+        make_trainer(20, callbacks=[record]).fit(module, datamodule=data(tiny_policy))
+        assert module.layout == forward
+        runs[forward] = record.metrics
+    names = ["train/reward", "train/loss", "train/kl", "train/entropy", "train/completions/mean_length"]
+    assert len({metrics["train/reward"] for metrics in runs["plain"]}) > 5
+    for metrics, *others in zip(*runs.values(), strict=True):
+        for other in others:
+            for name in names:
+                assert other[name] == pytest.approx(metrics[name], abs=1e-4), name
+    assert len(runs["plain"]) == 10
+    assert runs["plain"][-1]["train/kl"] > 1e-4
+
+
+def test_hf_engine_runs_too(tiny_policy, make_trainer):
+    record = Record()
+    module = grpo(tiny_policy, rollout_engine="hf")
+    make_trainer(2, callbacks=[record]).fit(module, datamodule=data(tiny_policy))
+    assert record.metrics[1]["train/kl"] > 0
+
+
+@pytest.mark.parametrize("setting", [{"forward": "fast"}, {"rollout_engine": "vllm"}])
+def test_unknown_switches_are_refused(tiny_policy, setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ConfigConflictError, match=f"{name}.*found '{value}'"):
+        grpo(tiny_policy, **setting)
