@@ -20,9 +20,9 @@ from rft_lightning.datamodules import RFTDataModule
 from rft_lightning.errors import ConfigConflictError, RFTError
 from rft_lightning.export import export
 from rft_lightning.grpo import GRPOModule  # noqa: F401
-from rft_lightning.policy_module import FSDP_MESSAGE, PolicyModule
+from rft_lightning.policy_module import PolicyModule
 from rft_lightning.sft import SFTModule  # noqa: F401
-from rft_lightning.trainer import RFTTrainer
+from rft_lightning.trainer import FSDP_MESSAGE, RFTTrainer
 
 
 class RFTCLI(LightningCLI):

@@ -9,7 +9,6 @@ from typing import Any, TypeVar, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -23,14 +22,10 @@ from rft_lightning.policy.shared_prefix import FORWARDS
 from rft_lightning.prompts import PromptEncoder
 from rft_lightning.sample import Prediction, PromptBatch, Rollouts
 from rft_lightning.seeding import derived_seed, run_seed
-from rft_lightning.sharding import FSDP2Strategy, full_state, local, set_gradient_sync, shard, unsharded
+from rft_lightning.sharding import full_state, local, set_gradient_sync, shard, unsharded
+from rft_lightning.trainer import check_trainer
 
 T = TypeVar("T")
-
-FSDP_MESSAGE = (
-    "The strategy fsdp (FSDP1) cannot run manual optimisation, which these modules use. Shard with "
-    "--trainer.strategy fsdp2, or use ddp where the policy fits on each device."
-)
 
 
 class PolicyModule(LightningModule):
@@ -58,8 +53,8 @@ class PolicyModule(LightningModule):
             (the model's own ``generate``).
         mini_batch_prompts: prompts per optimiser step and process; the whole batch when None.
         micro_batch_prompts: prompts per forward and backward pass; bounds the memory. The mini-batch when None.
-        sync_gradients: under `fsdp2`, when gradients are summed over the processes: ``micro_batch`` (each keeps only its
-            part) or ``step`` (once per optimiser step, for the memory of whole gradients).
+        sync_gradients: under `fsdp2`, when gradients are summed over the processes: ``micro_batch`` (each process keeps
+            its part alone) or ``step`` (once per optimiser step, at the cost of memory for whole gradients).
         max_grad_norm: global norm to which gradients are clipped; None does not clip.
         max_completion_length: most tokens of a completion, in rollouts and in evaluation.
         eval_temperature: temperature in validation, test and prediction; 0 is greedy.
@@ -168,7 +163,7 @@ class PolicyModule(LightningModule):
         if self.policy is None:
             self.policy = self._load()
             self.processor = load_processor(self.checkpoint)
-            self._shard(self.policy)
+        self._shard(self.policy)
 
     def _load(self) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -385,37 +380,3 @@ class PolicyModule(LightningModule):
             Prediction(sample, texts[0], sample.task.read(texts[0], batch.frame, sample.image_size))
             for sample, texts in zip(rollouts.prompts.samples, rollouts.texts, strict=True)
         ]
-
-
-def check_trainer(trainer: Any) -> None:
-    """Refuse trainer settings that manual optimisation cannot honour.
-
-    Raises:
-        ConfigConflictError: names our setting for the refused one.
-    """
-    if isinstance(trainer.strategy, FSDPStrategy):
-        raise ConfigConflictError(FSDP_MESSAGE)
-    if isinstance(trainer.strategy, ModelParallelStrategy) and not isinstance(trainer.strategy, FSDP2Strategy):
-        raise ConfigConflictError(
-            f"trainer.strategy is {type(trainer.strategy).__name__}, whose tensor-parallel processes would train on the "
-            "same batches. Use --trainer.strategy fsdp2."
-        )
-    if trainer.precision in ("16-mixed", "16-true", "bf16-true"):
-        raise ConfigConflictError(
-            f"trainer.precision is {trainer.precision}: float16 needs loss scaling, which manual steps do not do, and "
-            "bf16-true would round the targets. Use bf16-mixed, or 32-true; model.dtype sets the dtype of the weights."
-        )
-    # Lightning's own check misses a strategy that is chosen by name.
-    if isinstance(trainer.strategy, FSDP2Strategy) and trainer.precision not in ("32-true", "bf16-mixed"):
-        raise ConfigConflictError(f"fsdp2 runs in precision 32-true or bf16-mixed, found {trainer.precision}.")
-    if trainer.accumulate_grad_batches != 1:
-        raise ConfigConflictError(
-            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}. One batch is already split into "
-            "optimiser steps and micro-batches here: set data.batch_size, model.mini_batch_prompts (prompts per "
-            "optimiser step) and model.micro_batch_prompts (prompts per forward) instead."
-        )
-    if trainer.gradient_clip_val is not None:
-        raise ConfigConflictError(
-            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}. Clipping is done at the optimiser step: set "
-            "model.max_grad_norm instead."
-        )

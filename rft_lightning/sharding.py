@@ -9,19 +9,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.policy.families import base_model
+
+# Gathered on the CPU of rank 0, nothing elsewhere.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -47,6 +59,42 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
+    # Lightning's own way with one file counts frozen parameters too, so that optimiser states of other strategies go to
+    # the wrong parameters, and cannot load an optimiser without state (SGD).
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole state on rank 0, as an optimiser of unsharded parameters would save it; {} elsewhere."""
+        assert self.model is not None
+        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, plain, options=WHOLE)
+        names = [name for group in state.get("param_groups", ()) for name in group["params"]]
+        return _renamed(state, dict(zip(names, range(len(names)), strict=True))) if state else {}
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load weights and optimiser states of one file of any strategy; return what else it holds."""
+        assert self.model is not None
+        assert self.lightning_module is not None
+        path = self.broadcast(checkpoint_path)
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        options = StateDictOptions(full_state_dict=True, strict=self.lightning_module.strict_loading)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            if not saved["state"]:  # torch cannot distribute nothing
+                optimizer.load_state_dict(saved)
+                continue
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            ours = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+            state = _renamed(saved, dict(zip(numbers, ours, strict=True)))
+            set_optimizer_state_dict(self.model, optimizer, state, options=options)
+        return checkpoint
+
+
+def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
+    """The state of an optimiser with other names for its parameters."""
+    groups = [{**group, "params": [names[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[name]: value for name, value in state["state"].items()}, "param_groups": groups}
+
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded training over all processes (FSDP2)")
 
@@ -59,8 +107,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None
     Args:
         model: a Hugging Face vision-language model, or an adapter around one.
         mesh: the processes to shard over, one-dimensional.
-        param_dtype: dtype in which weights are gathered and used; None for their own. The parts that each process
-            holds, the optimiser and the sum of the gradients keep the dtype of the weights, at least float32.
+        param_dtype: dtype in which weights are gathered and used; None for their own, which the parts that each process
+            holds and the optimiser keep. Gradients are summed in float32.
 
     Raises:
         ConfigConflictError: the model names no blocks.
@@ -70,9 +118,10 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None
         return
     # Inputs are left to autocast, which is on wherever param_dtype is set: rotary angles and masks stay float32.
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks(root):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-    fully_shard(root, mesh=mesh, reshard_after_forward=not _trained(root), mp_policy=policy)
+    for unit in (*blocks(root), root):
+        # The root too, though torch would keep it gathered until backward: after a forward without one it would stay
+        # so, and peft's switching of adapters would then reach the gathered parameters instead of the trained ones.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
     if root is not model:
         # peft calls `forward` of the model inside it, past the hooks that gather its weights.
         model.base_model.forward = root.__call__  # type: ignore[union-attr]
@@ -118,13 +167,8 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for unit in units:
-            unit.set_reshard_after_forward(unit is not units[0] or not _trained(model), recurse=False)
+            unit.set_reshard_after_forward(True, recurse=False)
             unit.reshard()
-
-
-def _trained(model: nn.Module) -> bool:
-    """The root of a trained model stays gathered until its backward, which begins with it; others have none."""
-    return any(parameter.requires_grad for parameter in model.parameters())
 
 
 def set_gradient_sync(model: nn.Module, *, sync: bool, last: bool) -> None:
@@ -145,7 +189,7 @@ def full_state(model: nn.Module) -> dict[str, Any] | None:
     """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return get_model_state_dict(model, options=WHOLE)
 
 
 def local(tensor: Tensor) -> Tensor:

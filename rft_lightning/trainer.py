@@ -1,10 +1,19 @@
-"""The Trainer of the command line: Lightning's, with one more thing to do, `rollout`."""
+"""The Trainer of the command line, Lightning's with one more thing to do, and what no Trainer may be set to."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+from rft_lightning.errors import ConfigConflictError
+from rft_lightning.sharding import FSDP2Strategy
+
+FSDP_MESSAGE = (
+    "The strategy fsdp (FSDP1) cannot run manual optimisation, which these modules use. Shard with "
+    "--trainer.strategy fsdp2, or use ddp where the policy fits on each device."
+)
 
 
 class RFTTrainer(Trainer):
@@ -44,4 +53,38 @@ class RFTTrainer(Trainer):
             temperature=temperature,
             ckpt_path=ckpt_path,
             trainer=self,
+        )
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse trainer settings that manual optimisation cannot honour.
+
+    Raises:
+        ConfigConflictError: names our setting for the refused one.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy):
+        raise ConfigConflictError(FSDP_MESSAGE)
+    if isinstance(trainer.strategy, ModelParallelStrategy) and not isinstance(trainer.strategy, FSDP2Strategy):
+        raise ConfigConflictError(
+            f"trainer.strategy is {type(trainer.strategy).__name__}, whose tensor-parallel processes would train on "
+            "the same batches. Use --trainer.strategy fsdp2."
+        )
+    if trainer.precision in ("16-mixed", "16-true", "bf16-true"):
+        raise ConfigConflictError(
+            f"trainer.precision is {trainer.precision}: float16 needs loss scaling, which manual steps do not do, and "
+            "bf16-true would round the targets. Use bf16-mixed, or 32-true; model.dtype sets the dtype of the weights."
+        )
+    # Lightning's own check misses a strategy that is chosen by name.
+    if isinstance(trainer.strategy, FSDP2Strategy) and trainer.precision not in ("32-true", "bf16-mixed"):
+        raise ConfigConflictError(f"fsdp2 runs in precision 32-true or bf16-mixed, found {trainer.precision}.")
+    if trainer.accumulate_grad_batches != 1:
+        raise ConfigConflictError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}. One batch is already split into "
+            "optimiser steps and micro-batches here: set data.batch_size, model.mini_batch_prompts (prompts per "
+            "optimiser step) and model.micro_batch_prompts (prompts per forward) instead."
+        )
+    if trainer.gradient_clip_val is not None:
+        raise ConfigConflictError(
+            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}. Clipping is done at the optimiser step: set "
+            "model.max_grad_norm instead."
         )
