@@ -47,7 +47,7 @@ class PredictionWriter(Callback):
         default = trainer.strategy.broadcast(str(trainer.log_dir or trainer.default_root_dir))
         self._folder = self.output_dir or Path(default)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = _partial(self._path(trainer)).open("w", encoding="utf-8")
+        self._file = _partial(self._path(trainer)).open("w", encoding="utf-8", errors="surrogateescape")
 
     def on_predict_batch_end(
         self,
@@ -153,7 +153,7 @@ def write_drawing(image: Path, boxes: Sequence[Drawn], target: Path) -> None:
 
 def _rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
     for file in files:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8", errors="surrogateescape") as lines:
             yield from map(json.loads, lines)
 
 

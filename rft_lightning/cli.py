@@ -17,7 +17,7 @@ import rft_lightning.datamodules  # noqa: F401
 from rft_lightning import __version__
 from rft_lightning.config_files import install_loader
 from rft_lightning.datamodules import RFTDataModule
-from rft_lightning.errors import ConfigConflictError, RFTError
+from rft_lightning.errors import CheckpointError, ConfigConflictError, RFTError
 from rft_lightning.export import export
 from rft_lightning.grpo import GRPOModule  # noqa: F401
 from rft_lightning.policy_module import PolicyModule
@@ -35,7 +35,12 @@ class RFTCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Settle what the Trainer would refuse in words that do not help."""
-        trainer = self.config[self.config.subcommand].trainer
+        config = self.config[self.config.subcommand]
+        checkpoint = config.get("ckpt_path")
+        # "best", "last", "hpc" and registries are Lightning's own words.
+        if checkpoint and Path(checkpoint).suffix and not Path(checkpoint).exists():
+            raise CheckpointError(f"No checkpoint at {checkpoint}; expected a .ckpt file that `fit` wrote.")
+        trainer = config.trainer
         strategy = trainer.strategy
         name = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
         if name in ("fsdp", "fsdp_cpu_offload") or name.endswith("FSDPStrategy"):

@@ -16,6 +16,7 @@ from rft_lightning.advantages import group_advantages, total_rewards
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.objectives import GRPOObjective
 from rft_lightning.policy.loading import evaluating, frozen_copy, load_policy
+from rft_lightning.policy.sampling import Sampling
 from rft_lightning.policy.shared_prefix import group_logprobs_and_entropies
 from rft_lightning.policy_module import PolicyModule
 from rft_lightning.sample import PromptBatch, Rollouts
@@ -109,6 +110,9 @@ class GRPOModule(PolicyModule):
             raise ConfigConflictError(
                 f"Expected num_iterations >= 1 and temperature > 0, found {num_iterations} and {temperature}."
             )
+        if rollout_prompts is not None and rollout_prompts < 1:
+            raise ConfigConflictError(f"Expected rollout_prompts >= 1 or null, found {rollout_prompts}.")
+        Sampling(temperature, top_k, top_p, min_p)  # refuses what is out of range
         self.group_size, self.num_iterations, self.rollout_prompts = group_size, num_iterations, rollout_prompts
         self.temperature = temperature
         self.sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p}

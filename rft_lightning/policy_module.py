@@ -17,6 +17,7 @@ from rft_lightning.checkpointing import RECORD, policy_record
 from rft_lightning.errors import CheckpointError, ConfigConflictError, NonFiniteError
 from rft_lightning.policy.loading import load_policy, load_processor
 from rft_lightning.policy.rollout import ENGINES, sample_groups
+from rft_lightning.policy.sampling import Sampling
 from rft_lightning.policy.self_check import settle_layout
 from rft_lightning.policy.shared_prefix import FORWARDS
 from rft_lightning.prompts import PromptEncoder
@@ -87,11 +88,12 @@ class PolicyModule(LightningModule):
         super().__init__()
         if schedule not in ("linear", "cosine", "constant"):
             raise ConfigConflictError(f"Expected schedule linear, cosine or constant, found {schedule!r}.")
-        if forward not in FORWARDS or rollout_engine not in ENGINES:
-            raise ConfigConflictError(
-                f"Expected forward {', '.join(FORWARDS)}, found {forward!r}, and rollout_engine {', '.join(ENGINES)}, "
-                f"found {rollout_engine!r}."
-            )
+        for name, value, known in (("forward", forward, FORWARDS), ("rollout_engine", rollout_engine, ENGINES)):
+            if value not in known:
+                raise ConfigConflictError(f"Expected {name} to be one of {', '.join(known)}, found {value!r}.")
+        if max_completion_length < 1:
+            raise ConfigConflictError(f"Expected max_completion_length >= 1, found {max_completion_length}.")
+        Sampling(eval_temperature)  # refuses what is out of range
         if sync_gradients not in ("micro_batch", "step"):
             raise ConfigConflictError(f"Expected sync_gradients micro_batch or step, found {sync_gradients!r}.")
         for name, size in (("mini_batch_prompts", mini_batch_prompts), ("micro_batch_prompts", micro_batch_prompts)):
@@ -131,10 +133,12 @@ class PolicyModule(LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         encoder = PromptEncoder(self.checkpoint, max_prompt_length=None) if data is None else data.encoder
         assert self.policy is not None
-        with unsharded(self.policy), self.trainer.precision_plugin.forward_context():
-            self.layout = settle_layout(
-                self.policy, self.forward_option, encoder, device=self.device, precision=str(self.trainer.precision)
-            )
+        # A sharded policy computes in the Trainer's precision; any other is compared in that of its weights, where the
+        # difference of an exact layout is smallest.
+        mixed = self.device_mesh is not None and self.trainer.precision != "32-true"
+        context = self.trainer.precision_plugin.forward_context() if mixed else nullcontext()
+        with unsharded(self.policy), context:
+            self.layout = settle_layout(self.policy, self.forward_option, encoder, device=self.device, mixed=mixed)
 
     def _check_max_steps(self) -> None:
         """A run stopped inside a training batch could not be resumed exactly, so `max_steps` must not fall there."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rft_lightning.errors import ConfigConflictError, PromptTooLongError
+from rft_lightning.errors import CheckpointError, ConfigConflictError, PromptTooLongError
 from rft_lightning.frames import CoordinateFrame
 from rft_lightning.policy.families import coordinate_frame
 from rft_lightning.policy.loading import load_config, load_processor
@@ -83,7 +83,7 @@ class PromptEncoder:
             pieces = [prompt[name] for prompt in encoded]
             if name in ("input_ids", "attention_mask", *TOKEN_TENSORS):
                 pieces = [left_padded(piece, max(lengths), pads.get(name, 0)) for piece in pieces]
-            tensors[name] = torch.cat(pieces)
+            tensors[name] = self._joined(name, pieces)
         return PromptBatch(
             input_ids=tensors.pop("input_ids"),
             attention_mask=tensors.pop("attention_mask"),
@@ -93,6 +93,17 @@ class PromptEncoder:
             samples=completed,
             frame=self.frame,
         )
+
+    def _joined(self, name: str, pieces: list[Tensor]) -> Tensor:
+        shapes = {tuple(piece.shape[1:]) for piece in pieces}
+        if len(shapes) > 1:
+            found = ", ".join(map(str, sorted(shapes)))
+            raise CheckpointError(
+                f"{type(self.processor).__name__} gives {name} of different shapes ({found} per row), which cannot be "
+                "put into one batch. Set data.batch_size and data.eval_batch_size to 1, or add the family "
+                "(docs/adding-a-model.md)."
+            )
+        return torch.cat(pieces)
 
     def encode(self, sample: Sample) -> dict[str, Tensor]:
         """The tensors of one completed sample: what the processor makes of it, as the model takes it."""
@@ -104,6 +115,7 @@ class PromptEncoder:
         if "mm_token_type_ids" in self.processor.model_input_names:
             settings["return_mm_token_type_ids"] = True
         encoded = dict(self.processor(text=[text], images=[[sample.load_image()]], return_tensors="pt", **settings))
+        encoded.pop("labels", None)  # PaliGemma's processor makes them of the prompt
         if "image_sizes" in encoded and encoded["pixel_values"].ndim == 5:
             # LLaVA's tiles [1, tiles, 3, H, W]: its models take them as rows too, and rows need no padding in a batch.
             encoded["pixel_values"] = encoded["pixel_values"][0]

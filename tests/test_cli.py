@@ -165,3 +165,20 @@ def test_rollout_reads_a_checkpoint(quick, tmp_path, capsys):
     assert "advantage" in capsys.readouterr().out
     with pytest.raises(CheckpointError, match=r"gone.ckpt does not hold this policy"):
         main(["rollout", *quick, "--num_samples", "1", "--ckpt_path", str(tmp_path / "gone.ckpt")])
+
+
+def test_a_missing_checkpoint_is_a_named_error(tmp_path, monkeypatch, tiny_policy):
+    monkeypatch.chdir(tmp_path)
+    for command in ("fit", "validate"):
+        with pytest.raises(CheckpointError, match=r"No checkpoint at nope\.ckpt"):
+            main(
+                [
+                    command,
+                    "-c",
+                    str(CONFIGS / "quickstart.yaml"),
+                    "--model.policy",
+                    tiny_policy,
+                    "--ckpt_path",
+                    "nope.ckpt",
+                ]
+            )

@@ -16,7 +16,7 @@ from rft_lightning.checkpointing import export_policy
 from rft_lightning.datamodules import ShapesDataModule
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.policy.families import FAMILIES, PARTS, base_model, part_parameters
-from rft_lightning.policy.loading import checkpointing_active, frozen_copy, load_policy
+from rft_lightning.policy.loading import checkpointing_active, evaluating, frozen_copy, load_policy
 from rft_lightning.policy.plain import plain_group_logprobs
 from rft_lightning.tasks import DetectionTask
 
@@ -414,3 +414,19 @@ def test_parts_of_an_unknown_family_are_an_error_only_where_they_are_asked_for(t
     load_policy(tiny_policy)
     with pytest.raises(ConfigConflictError, match=r"'qwen2_vl' has its projector \(known: qwen2_5_vl, .*families.py"):
         load_policy(tiny_policy, freeze=["projector"])
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_a_tied_weight_is_refused_since_it_could_not_be_exported(tiny_policy, family_folder, target):
+    with pytest.raises(ConfigConflictError, match=r"share one weight.*modules_to_save: \[lm_head\]"):
+        load_policy(tiny_policy, lora={"target_modules": ["q_proj", target]})
+    load_policy(family_folder("qwen3_vl"), lora={"target_modules": ["q_proj", target]})  # not tied
+
+
+def test_eval_mode_of_a_part_survives(tiny_policy):
+    model = load_policy(tiny_policy)
+    model.model.visual.eval()
+    with evaluating(model):
+        assert not model.training
+    assert model.training
+    assert not model.model.visual.training

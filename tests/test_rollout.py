@@ -109,6 +109,15 @@ def test_a_larger_group_begins_with_the_smaller_one(family_folder):
     assert small.texts == [texts[:2] for texts in large.texts]
 
 
+def test_ids_of_any_characters(family_folder):
+    """A file name need not be text."""
+    folder = family_folder("qwen2_vl")
+    sample = setting(folder)[2][0]
+    names = ["ünï 漢.png", b"caf\xe9.png".decode("utf-8", "surrogateescape")]
+    texts = [roll_out(folder, [replace(sample, id=name)]).texts[0] for name in names]
+    assert texts[0] != texts[1]
+
+
 def test_occurrences_steps_and_seeds_change_the_completions(family_folder):
     folder = family_folder("qwen2_vl")
     sample = setting(folder)[2][0]
@@ -124,23 +133,26 @@ def test_the_prompt_is_computed_once_per_group_and_finished_rows_are_dropped(fam
     folder = family_folder(family)
     model, _, rows = setting(folder)
     end_often(monkeypatch, model)
-    shapes, pictures = [], []
+    shapes, patches = [], []
     inner = base_model(model).model
 
     def count(module, args, kwargs, output):
         shapes.append(tuple((args[0] if args else kwargs["hidden_states"]).shape[:2]))
 
+    def count_patches(module, args, kwargs):
+        patches.append(len(args[0] if args else kwargs.get("pixel_values", kwargs.get("hidden_states"))))
+
     tower = inner.get_submodule(FAMILIES[family].parts["vision_tower"][0].removeprefix("model."))
     hooks = [
         inner.language_model.layers[0].register_forward_hook(count, with_kwargs=True),
-        tower.register_forward_hook(lambda *_: pictures.append(1)),
+        tower.register_forward_pre_hook(count_patches, with_kwargs=True),
     ]
     rollouts = roll_out(folder, rows[:2], 4, temperature=1.5, max_completion_length=64)
     for hook in hooks:
         hook.remove()
     width = rollouts.prompts.input_ids.shape[1]
     assert shapes[0] == (2, width)
-    assert len(pictures) == 1
+    assert patches == [len(rollouts.prompts.vision["pixel_values"])]
     lengths = rollouts.completion_mask.sum(-1).flatten()
     assert len(set(lengths.tolist())) > 1
     growing = [int((lengths > step).sum()) for step in range(1, int(lengths.max()))]

@@ -1,5 +1,8 @@
 """The shared-prefix layouts against the plain route, for every family, layout and switch that is admitted."""
 
+import json
+import shutil
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -12,7 +15,7 @@ from rft_lightning.policy import logprobs
 from rft_lightning.policy.families import FAMILIES, base_model
 from rft_lightning.policy.loading import load_policy
 from rft_lightning.policy.plain import plain_group_logprobs
-from rft_lightning.policy.self_check import layout_error, settle_layout, tolerance
+from rft_lightning.policy.self_check import layout_error, settle_layout
 from rft_lightning.policy.shared_prefix import (
     PLAIN,
     choose_layout,
@@ -153,20 +156,21 @@ def test_a_group_costs_its_prompt_once(family_folder, family, layout):
     batch = encoded(folder)
     prompt = batch.select(1, 2)
     ids = torch.randint(20, 300, (1, 8, LENGTH))
-    counted = {"tokens": 0, "pictures": 0}
+    counted = {"tokens": 0, "patches": 0}
     inner = base_model(model).model
 
     def count_tokens(module, args, kwargs, output):
         hidden = args[0] if args else kwargs["hidden_states"]
         counted["tokens"] += hidden.shape[0] * hidden.shape[1]
 
-    def count_pictures(*_):
-        counted["pictures"] += 1
+    def count_patches(module, args, kwargs):
+        pixels = args[0] if args else kwargs.get("pixel_values", kwargs.get("hidden_states"))
+        counted["patches"] += len(pixels)
 
     tower = inner.get_submodule(FAMILIES[family].parts["vision_tower"][0].removeprefix("model."))
     hooks = [
         inner.language_model.layers[0].register_forward_hook(count_tokens, with_kwargs=True),
-        tower.register_forward_hook(count_pictures),
+        tower.register_forward_pre_hook(count_patches, with_kwargs=True),
     ]
     try:
         with torch.no_grad():
@@ -174,7 +178,8 @@ def test_a_group_costs_its_prompt_once(family_folder, family, layout):
     finally:
         for hook in hooks:
             hook.remove()
-    assert counted == {"tokens": prompt.input_ids.shape[1] + ids.numel(), "pictures": 1}
+    patches = len(prompt.vision["pixel_values"])
+    assert counted == {"tokens": prompt.input_ids.shape[1] + ids.numel(), "patches": patches}
 
 
 @pytest.mark.parametrize("layout", ["prefix_cache", "packed"])
@@ -204,6 +209,39 @@ def test_logits_never_exist_in_full(family_folder, monkeypatch, layout):
     torch.testing.assert_close(
         logp.detach(), group_logprobs(model, prompt, ids, mask, forward=PLAIN), atol=1e-5, rtol=0
     )
+
+
+@pytest.mark.parametrize("window", [4, 30])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "internvl", "llava_onevision", "gemma3"])
+def test_layers_that_see_a_window_only(family_folder, tmp_path, family, window):
+    """Some checkpoints of these families have such layers; Gemma3 here has none or smaller windows than its images."""
+    folder = tmp_path / family
+    shutil.copytree(family_folder(family), folder)
+    config = json.loads((folder / "config.json").read_text())
+    text, kinds = config["text_config"], ["full_attention", "sliding_attention", "full_attention"]
+    text |= {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 1}
+    text["layer_types"] = (
+        ["full_attention"] * 3 if family == "gemma3" and window == 30 else kinds[: text["num_hidden_layers"]]
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    model, prompt = load_policy(str(folder)), encoded(str(folder))
+    ids, mask = completions(len(prompt), 3)
+    with torch.no_grad():
+        expected, _ = plain_group_logprobs(model, prompt, ids, mask)
+        for layout in ("prefix_cache", "packed"):
+            assert (group_logprobs(model, prompt, ids, mask, forward=layout) - expected)[mask].abs().max() < 1e-5
+
+
+def test_what_stands_in_the_padding_does_not_matter(family_folder):
+    folder = family_folder("qwen2_vl")
+    model, prompt = policy(folder, False, False), encoded(folder)
+    ids, mask = completions(len(prompt), 3)
+    with torch.no_grad():
+        for layout in ("prefix_cache", "packed", "plain"):
+            expected = group_logprobs(model, prompt, ids, mask, forward=layout)
+            for filler in (-100, model.config.image_token_id):
+                found = group_logprobs(model, prompt, ids.masked_fill(~mask, filler), mask, forward=layout)
+                assert torch.equal(found, expected)
 
 
 # Which layout
@@ -247,8 +285,10 @@ def test_a_layout_that_cannot_be_exact_is_refused_by_name(family_folder):
 @pytest.mark.parametrize("family", SHARING)
 def test_the_self_check_admits_what_is_exact(family_folder, family):
     folder = family_folder(family)
+    encoder, half = PromptEncoder(folder), load_policy(folder, dtype="bfloat16")
     for layout in FAMILIES[family].layouts:
-        assert layout_error(policy(folder, False, False), PromptEncoder(folder), layout) < 1e-5
+        assert layout_error(policy(folder, False, False), encoder, layout)[0] < 1e-5
+        assert settle_layout(half, layout, encoder) == layout
 
 
 def planted_bool_mask(monkeypatch, family_folder):
@@ -256,35 +296,52 @@ def planted_bool_mask(monkeypatch, family_folder):
     from rft_lightning.policy import packing
 
     monkeypatch.setattr(packing, "_for_kernel", lambda model, seen: seen[:, None])
-    return load_policy(family_folder("qwen2_vl"), attn_implementation="eager"), family_folder("qwen2_vl")
+    return family_folder("qwen2_vl"), {"attn_implementation": "eager"}
 
 
 def planted_linear_attention(monkeypatch, family_folder):
     """A family in the table that does not belong there."""
-    from dataclasses import replace
-
     monkeypatch.setitem(FAMILIES, "qwen3_5", replace(FAMILIES["qwen3_5"], layouts=("packed",)))
-    return load_policy(family_folder("qwen3_5")), family_folder("qwen3_5")
+    return family_folder("qwen3_5"), {}
 
 
-@pytest.mark.parametrize("plant", [planted_bool_mask, planted_linear_attention])
-def test_the_self_check_refuses_a_wrong_layout(monkeypatch, family_folder, plant):
-    model, folder = plant(monkeypatch, family_folder)
-    encoder = PromptEncoder(folder)
-    assert layout_error(model, encoder, "packed") > 10 * tolerance(model)
-    settings = {"device": "cpu", "precision": "32-true"}
+def planted_leak(monkeypatch, family_folder):
+    """Completions that see those before them."""
+    from rft_lightning.policy import packing
+
+    init = packing.PackedRows.__init__
+
+    def leaking(self, *arguments):
+        init(self, *arguments)
+        self.segments = self.segments.clamp(max=0)
+
+    monkeypatch.setattr(packing.PackedRows, "__init__", leaking)
+    return family_folder("internvl"), {}
+
+
+def planted_causal_images(monkeypatch, family_folder):
+    """A family whose image tokens see each other both ways, treated as if they did not."""
+    monkeypatch.setitem(FAMILIES, "gemma3", replace(FAMILIES["gemma3"], images_both_ways=False))
+    return family_folder("gemma3"), {}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("plant", [planted_bool_mask, planted_linear_attention, planted_leak, planted_causal_images])
+def test_the_self_check_refuses_a_wrong_layout(monkeypatch, family_folder, plant, dtype):
+    folder, settings = plant(monkeypatch, family_folder)
+    model, encoder = load_policy(folder, dtype=dtype, **settings), PromptEncoder(folder)
     with pytest.raises(ConfigConflictError, match=r"packed gives other log-probs.*auto or plain"):
-        settle_layout(model, "packed", encoder, **settings)
-    monkeypatch.setitem(FAMILIES, model.config.model_type, FAMILIES[model.config.model_type].__class__(
-        "relative", ("packed",), {}))  # fmt: skip
+        settle_layout(model, "packed", encoder)
+    family = FAMILIES[model.config.model_type]
+    monkeypatch.setitem(FAMILIES, model.config.model_type, replace(family, layouts=("packed",)))
     with pytest.warns(UserWarning, match="packed gives other log-probs"):
-        assert settle_layout(model, "auto", encoder, **settings) == PLAIN
+        assert settle_layout(model, "auto", encoder) == PLAIN
     assert model.training
 
 
 def test_a_family_without_a_layout_says_so(family_folder, caplog):
     folder = family_folder("qwen3_5")
     with caplog.at_level("INFO"):
-        layout = settle_layout(load_policy(folder), "auto", PromptEncoder(folder), device="cpu", precision="32-true")
+        layout = settle_layout(load_policy(folder), "auto", PromptEncoder(folder))
     assert layout == PLAIN
     assert "forward: plain. No shared-prefix layout is known to be exact for qwen3_5" in caplog.text

@@ -49,11 +49,13 @@ class Family:
             means the plain route.
         parts: where the vision tower, the projector and the language model lie in the Hugging Face model. A module
             path that the model lacks is skipped; a path of one part inside another's is taken out of the outer one.
+        images_both_ways: whether the tokens of an image see each other both ways in the decoder.
     """
 
     frame: str
     layouts: tuple[str, ...]
     parts: dict[str, tuple[str, ...]]
+    images_both_ways: bool = False
 
 
 FAMILIES = {
@@ -65,9 +67,7 @@ FAMILIES = {
     "qwen3_5": Family("relative", (), QWEN_VISION),
     "internvl": Family("relative", (PREFIX_CACHE, PACKED), LLAVA_PARTS),
     "llava_onevision": Family("relative", (PREFIX_CACHE, PACKED), LLAVA_PARTS),
-    # Packed needs two masks here, one per kind of layer: image tokens see each other both ways, and most layers see a
-    # window only.
-    "gemma3": Family("relative", (PREFIX_CACHE, PACKED), LLAVA_PARTS),
+    "gemma3": Family("relative", (PREFIX_CACHE, PACKED), LLAVA_PARTS, images_both_ways=True),
 }
 
 

@@ -151,7 +151,23 @@ def add_adapters(model: Any, lora: dict[str, Any] | LoraConfig, freeze: Sequence
                 f"lora would train {trained[0]}, which lies in the frozen part {part}. Take it out of "
                 "lora.modules_to_save and lora.target_parameters, or the part out of freeze."
             )
+    _refuse_tied_adapters(model)
     return adapted
+
+
+def _refuse_tied_adapters(model: Any) -> None:
+    """One weight that serves as embedding and head cannot be merged with an adapter of one of the two."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    places = {"embeddings": model.get_input_embeddings(), "output head": model.get_output_embeddings()}
+    adapted = [name for name, module in places.items() if isinstance(module, BaseTunerLayer)]
+    weights = [getattr(module, "weight", None) for module in places.values()]
+    if adapted and weights[0] is weights[1]:
+        raise ConfigConflictError(
+            f"lora puts an adapter on the {' and the '.join(adapted)}, but embeddings and output head of this model "
+            "share one weight, so the exported model could not equal the tuned one. Take lm_head and embed_tokens out "
+            "of lora.target_modules, or train them whole: lora.modules_to_save: [lm_head]."
+        )
 
 
 def lora_config(lora: dict[str, Any] | LoraConfig) -> LoraConfig:
@@ -259,9 +275,10 @@ def checkpointing_active(model: nn.Module) -> bool:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode: no dropout, and a cache even with gradient checkpointing."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True

@@ -25,7 +25,7 @@ def row_keys(samples: Sequence[Sample], group_size: int, *, seed: int, step: int
     """One int64 key per completion [N], N = len(samples) * group_size, completions of a prompt next to each other."""
     keys: list[int] = []
     for sample in samples:
-        digest = hashlib.blake2b(sample.id.encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(sample.id.encode("utf-8", "surrogateescape"), digest_size=8).digest()
         shared = _chain(seed, step, int.from_bytes(digest, "big"), sample.occurrence)
         keys.extend(_chain(shared, completion) for completion in range(group_size))
     return torch.tensor([key - _WORD if key >= _WORD // 2 else key for key in keys], dtype=torch.int64, device=device)

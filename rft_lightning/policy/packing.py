@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rft_lightning.policy.families import base_model
+from rft_lightning.policy.families import base_model, family_of
 from rft_lightning.sample import PromptBatch
 
 PADDING = -1
@@ -28,6 +28,7 @@ class PackedRows:
     Attributes:
         ids: [B, T] token ids.
         segments: [B, T] 0 on the prompt, g on its g-th completion (from 1), PADDING after the row's end.
+        steps: [B, T] place of each token in its own conversation, prompt and completion, from 0.
         predicting: two index tensors [M]: row and column of the token that predicts each completion token, in the order
             of ``ids_BGC[mask_BGC]``.
     """
@@ -43,6 +44,10 @@ class PackedRows:
         segments_L = torch.arange(1, group_size + 1, device=valid_BL.device).repeat_interleave(length)
         segments_L = torch.cat([segments_L.new_zeros(width), segments_L])
         self.segments = self.pack(segments_L.expand_as(valid_BL).masked_fill(~valid_BL, PADDING))
+        first_B1 = prompt.attention_mask.sum(1, keepdim=True)
+        steps_B1C = (first_B1 + torch.arange(length, device=valid_BL.device))[:, None]
+        steps_BL = torch.cat([prompt.attention_mask.cumsum(1) - 1, steps_B1C.expand_as(ids_BGC).flatten(1)], 1)
+        self.steps = self.pack(steps_BL)
         # Before packing, a first token is predicted in the prompt's last column, any other one column to its left.
         columns_L = torch.arange(valid_BL.shape[1], device=valid_BL.device)
         sources_GC = (columns_L[width:] - 1).view(group_size, length)
@@ -58,35 +63,40 @@ class PackedRows:
         return tensor.gather(-1, order.expand(*tensor.shape[:-1], -1))
 
 
-def packed_masks(model: Any, segments_BT: Tensor, positions: Tensor, types_BT: Tensor | None) -> Any:
+def packed_masks(model: Any, row: PackedRows, types_BT: Tensor | None) -> Any:
     """The attention mask of packed rows in the form the model takes.
 
     Args:
         model: decides about kernel and kinds of layers.
-        segments_BT: see :class:`PackedRows`.
-        positions: rope positions, [B, T] (or [3, B, T], for families without sliding windows).
-        types_BT: 1 on image tokens, 0 elsewhere; for families whose image tokens see each other both ways.
+        row: the rows.
+        types_BT: 1 on image tokens, 0 elsewhere; needed by families whose image tokens see each other both ways.
 
     Returns:
-        a mask [B, 1, T, T], or one per kind of layer where the model has several (Gemma3).
+        a mask [B, 1, T, T], or one per kind of layer where the model has layers that see a window only.
     """
-    config = base_model(model).config.get_text_config()
-    causal_TT = torch.ones(
-        segments_BT.shape[1], segments_BT.shape[1], dtype=torch.bool, device=segments_BT.device
-    ).tril()
-    key_B1T, query_BT1 = segments_BT[:, None, :], segments_BT[:, :, None]
+    base = base_model(model)
+    config, family = base.config.get_text_config(), family_of(base.config)
+    key_B1T, query_BT1 = row.segments[:, None, :], row.segments[:, :, None]
+    size = row.ids.shape[1]
+    causal_TT = torch.ones(size, size, dtype=torch.bool, device=row.ids.device).tril()
     # Padding shares a segment and sees itself, so that no row of the softmax is empty; nothing else sees it.
     seen_BTT = causal_TT & ((key_B1T == 0) | (key_B1T == query_BT1))
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+    if family is not None and family.images_both_ways:
+        assert types_BT is not None
+        blocks_BT = _image_blocks(types_BT)
+        seen_BTT = seen_BTT | ((blocks_BT[:, None, :] == blocks_BT[:, :, None]) & (blocks_BT >= 0)[:, :, None])
+    if not has_windows(config):
         return _for_kernel(model, seen_BTT)
-    assert types_BT is not None
-    blocks_BT = _image_blocks(types_BT)
-    seen_BTT = seen_BTT | ((blocks_BT[:, None, :] == blocks_BT[:, :, None]) & (blocks_BT >= 0)[:, :, None])
-    near_BTT = positions[:, None, :] > positions[:, :, None] - config.sliding_window
+    near_BTT = row.steps[:, None, :] > row.steps[:, :, None] - config.sliding_window
     return {
         "full_attention": _for_kernel(model, seen_BTT),
         "sliding_attention": _for_kernel(model, seen_BTT & near_BTT),
     }
+
+
+def has_windows(text_config: Any) -> bool:
+    """Whether some layers of the decoder see a window of the last tokens only."""
+    return "sliding_attention" in (getattr(text_config, "layer_types", None) or ())
 
 
 def _image_blocks(types_BT: Tensor) -> Tensor:

@@ -88,6 +88,9 @@ def _draw(logits_NV: Tensor, sampling: Sampling, keys_N: Tensor, position: int) 
     else:
         values_NK, tokens_NK = logits_NV, torch.arange(vocabulary, device=logits_NV.device)[None]
     values_NK = truncate(values_NK, sampling)
+    if sampling.top_p < 1:  # in descending order: what is left out lies behind what is kept
+        kept = int((values_NK > -torch.inf).sum(1).max())
+        values_NK, tokens_NK = values_NK[:, :kept], tokens_NK[:, :kept]
     at_once = max(1, CPU_NOISE // values_NK.shape[1]) if logits_NV.device.type == "cpu" else rows
     picks = []
     for first in range(0, rows, at_once):

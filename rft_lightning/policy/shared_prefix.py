@@ -55,7 +55,7 @@ def group_logprobs(
     Args:
         model: the policy or the reference model: a Hugging Face vision-language model, or an adapter around one.
         prompt: B prompts, left-padded; their images may differ in size.
-        completion_ids: [B, G, C] token ids, right-padded.
+        completion_ids: [B, G, C] token ids, right-padded with anything.
         completion_mask: [B, G, C] True on tokens, False on the padding after them.
         temperature: divides the logits; the one the completions were sampled with.
         forward: ``auto``, ``prefix_cache``, ``packed`` or ``plain``; see :func:`choose_layout`.
@@ -84,6 +84,8 @@ def group_logprobs_and_entropies(
     """As :func:`group_logprobs`, with the entropies [B, G, C] in nats (no gradient, 0 on padding) or None."""
     layout = choose_layout(model, forward)
     mask = completion_mask.bool()
+    # Padding may hold ids that no embedding has, or placeholders of images: the prompt's last token stands for it.
+    completion_ids = torch.where(mask, completion_ids, prompt.input_ids[:, -1, None, None])
     if layout == PLAIN:
         logp, entropy = plain_group_logprobs(
             model, prompt, completion_ids, mask, temperature=temperature, with_entropy=with_entropy
@@ -188,7 +190,7 @@ def _packed(model: Any, prompt: PromptBatch, ids_BGC: Tensor, mask_BGC: Tensor, 
     with scoring_head(model, lambda hidden_BTD: hidden_BTD[row.predicting], ids_BGC[mask_BGC][:, None], **settings):
         both_M2 = model(
             input_ids=row.ids,
-            attention_mask=packed_masks(model, row.segments, rope, types),
+            attention_mask=packed_masks(model, row, types),
             position_ids=rope,
             use_cache=False,
             **vision,

@@ -32,6 +32,8 @@ def print_rollouts(
         raise ConfigConflictError(f"rollout needs a GRPOModule, found {type(model).__name__}.")
     if split not in ("train", "val", "test"):
         raise ConfigConflictError(f"Expected split train, val or test, found {split!r}.")
+    if num_samples < 1:
+        raise ConfigConflictError(f"Expected num_samples >= 1, found {num_samples}.")
     datamodule.prepare_data()
     samples = datamodule.split(split)
     samples = [samples[i] for i in range(min(num_samples, len(samples)))]
