@@ -5,18 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from rft_lightning.datamodules.download import Download, fetch_all
 from rft_lightning.datamodules.samplers import EvaluationSampler, RolloutBatchSampler
 from rft_lightning.errors import ConfigConflictError, DatasetNotFoundError
 from rft_lightning.frames import CoordinateFrame
 from rft_lightning.prompts import PromptEncoder
 from rft_lightning.sample import PromptBatch, Sample
 from rft_lightning.seeding import run_seed
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class SampleDataset(Dataset):
@@ -55,6 +59,11 @@ class RFTDataModule(LightningDataModule, ABC):
         ConfigConflictError: a size is out of its range.
     """
 
+    # What can be downloaded into `root`; where empty, the user puts the files there.
+    downloads: ClassVar[Sequence[Download]] = ()
+    # The splits that `rft prepare` looks at.
+    splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+
     def __init__(
         self,
         *,
@@ -75,7 +84,7 @@ class RFTDataModule(LightningDataModule, ABC):
                 raise ConfigConflictError(f"Expected {name} >= 1, found {value}.")
         self.processor = processor
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.seed = run_seed(seed)
+        self.seed, self.has_own_seed = run_seed(seed), seed is not None
         self._encoder_settings: dict[str, Any] = {
             "min_pixels": min_pixels,
             "max_pixels": max_pixels,
@@ -89,6 +98,37 @@ class RFTDataModule(LightningDataModule, ABC):
     @abstractmethod
     def samples(self, split: str) -> Sequence[Sample]:
         """The samples of "train", "val", "test" or "predict"; called once per split and process."""
+
+    def parts(self) -> dict[str, RFTDataModule]:
+        """The datamodules this one consists of, by a name for each; itself where it is no mixture."""
+        return {"": self}
+
+    def download(self) -> None:
+        """Fetch and unpack what the data set's publisher offers, as far as it is not there.
+
+        Raises:
+            DatasetNotFoundError: nothing is offered.
+            DownloadError: it cannot be had, or not unpacked.
+        """
+        if not self.downloads:
+            raise DatasetNotFoundError(
+                f"{type(self).__name__} has nothing to download: leave --download out. Where its files come from and "
+                "how they have to lie is said in the description of the class."
+            )
+        fetch_all(self.downloads, getattr(self, "root", "."))
+
+    def summary(self) -> dict[str, Any]:
+        """What each split holds, in numbers."""
+        return {name: {"rows": len(self.split(name))} for name in self.splits}
+
+    def plot(self, sample: Sample) -> Image.Image:
+        """A sample as the model sees it: its picture as the processor resized it, question and solution below.
+
+        The annotation's boxes are green; those that the solution text says, in the model's own coordinates, orange.
+        """
+        from rft_lightning.report.contact_sheet import draw_sample
+
+        return draw_sample(sample, self.encoder)
 
     @property
     def encoder(self) -> PromptEncoder:
@@ -131,13 +171,16 @@ class RFTDataModule(LightningDataModule, ABC):
         """Batches of `batch_size` prompts; its state goes into the checkpoint and resumes at the next batch."""
         rank, world_size = self._process()
         samples = self.split("train")
-        sampler = RolloutBatchSampler(len(samples), self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
         return StatefulDataLoader(
             SampleDataset(samples),
-            batch_sampler=sampler,
+            batch_sampler=self.train_sampler(len(samples), rank=rank, world_size=world_size),
             collate_fn=self.encoder,
             num_workers=self.num_workers,
         )
+
+    def train_sampler(self, size: int, *, rank: int, world_size: int) -> RolloutBatchSampler:
+        """The order of `size` training rows."""
+        return RolloutBatchSampler(size, self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
 
     def val_dataloader(self) -> DataLoader:
         """The validation split, once."""

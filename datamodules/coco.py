@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rft_lightning.datamodules.base import RFTDataModule
-from rft_lightning.datamodules.coco_annotations import CategoryObjects, COCOAnnotations, RowKey, coco_root
-from rft_lightning.datamodules.fewshot import draw_shots, hash_order
+from rft_lightning.datamodules.coco_annotations import (
+    CategoryObjects,
+    COCOAnnotations,
+    Picture,
+    RowKey,
+    check_size,
+    coco_root,
+)
+from rft_lightning.datamodules.labelled import LabelledDataModule
+from rft_lightning.datamodules.negatives import positives_within, with_negatives
+from rft_lightning.datamodules.rows import Row
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.sample import DetectionTarget, Sample
 from rft_lightning.tasks import DetectionTask
@@ -40,7 +48,7 @@ CLASS_SETS = {"few_shot_8": FEW_SHOT_8, "base_65": BASE_65, "novel_15": NOVEL_15
 _OVERLAPS = ({"val2014", "val2017"}, {"val2014", "train2017"}, {"train2014", "train2017"})
 
 
-class COCODetectionDataModule(RFTDataModule):
+class COCODetectionDataModule(LabelledDataModule):
     """One question per picture and category: all boxes of the category.
 
     Reads the official trees of 2017 and 2014 as they are unpacked, ``annotations/instances_{split}.json`` and the
@@ -50,16 +58,21 @@ class COCODetectionDataModule(RFTDataModule):
     shots; in evaluation they are regions where an answer is neither right nor wrong. Boxes are clipped to the picture,
     and those without width or height dropped. Every picture that a split uses must exist and have the size that the
     annotations state; the size is checked at the start for up to 10,000 pictures, and else when a sample is made.
+    What is parsed of a large annotation file is kept beside it for the next start (``.instances_*.json.rft.npz``).
+
+    Published few-shot draws (TFA's ``full_box_*``) are given as `manifest`: their pool is train2017, their test is
+    val2017.
 
     Args:
         root: folder of the COCO tree.
         train_split: split that training rows are drawn from, any of ``train2017 val2017 train2014 val2014``.
-        val_split: split of validation.
+        val_split: split of validation. null for none: `val_shots` then holds pictures of the training split out.
         test_split: split of test and prediction.
         classes: names of the categories, or the name of a set: ``few_shot_8``, ``base_65``, ``novel_15`` (the paper's).
             null for all; a category without training examples is then left out of training with a warning, while one
             that was named is an error.
-        shots: pictures per category in training, drawn by `seed`; k shots contain k - 1 shots. null for all.
+        val_shots: pictures per category in validation, as in :class:`LabelledDataModule`; they are asked what
+            `query_mode` says.
         max_rows: most training rows, negatives included, drawn by `seed` after the shots. null for no limit.
         negative_fraction: share of training rows, in [0, 1), that ask for a category which the picture does not show
             (no annotation at all, no crowd either), so that "No Objects" is right. Added to the shots; drawn by `seed`
@@ -68,8 +81,10 @@ class COCODetectionDataModule(RFTDataModule):
             without boxes included. ``gt``: only categories annotated in the picture (crowds count), as if an oracle
             had named them; pictures that show none of the classes have no question then.
         val_limit: validate on so many pictures, the first by id; test and prediction take all. null for all.
+        exclude_image_ids: pictures that no training row may show, such as the validation file of LVIS, whose pictures
+            are partly in train2017.
         task: the task; DetectionTask by default.
-        **kwargs: see :class:`RFTDataModule`.
+        **kwargs: see :class:`LabelledDataModule`.
 
     Raises:
         ConfigConflictError: an argument is out of its range, or (in `samples`) a class is not in the annotation file.
@@ -83,89 +98,127 @@ class COCODetectionDataModule(RFTDataModule):
         *,
         root: str | Path,
         train_split: str = "train2017",
-        val_split: str = "val2017",
+        val_split: str | None = "val2017",
         test_split: str = "val2017",
         classes: list[str] | str | None = None,
-        shots: int | None = None,
+        val_shots: int | None = None,
         max_rows: int | None = None,
         negative_fraction: float = 0.0,
         query_mode: Literal["all", "gt"] = "all",
         val_limit: int | None = None,
+        exclude_image_ids: list[int | str] | str | Path | None = None,
         task: DetectionTask | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.root = root
+        super().__init__(
+            root=root,
+            classes=classes,
+            val_shots=val_shots,
+            max_rows=max_rows,
+            val_limit=val_limit,
+            exclude_image_ids=exclude_image_ids,
+            **kwargs,
+        )
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
-        self.classes, self.shots, self.max_rows = classes, shots, max_rows
-        self.negative_fraction, self.query_mode, self.val_limit = negative_fraction, query_mode, val_limit
+        self.negative_fraction, self.query_mode = negative_fraction, query_mode
         self.task = task if task is not None else DetectionTask()
         self._annotations: dict[str, COCOAnnotations] = {}
         self._check()
 
+    @property
+    def has_val(self) -> bool:
+        """Whether validation has a split of its own."""
+        return self.val_split is not None
+
+    @property
+    def class_names(self) -> list[str]:
+        """See the base class."""
+        return list(self._select(self._data("train")).values())
+
+    def rows(self, split: str) -> Sequence[Row]:
+        """See the base class."""
+        data = self._data(split)
+        if split != "train":
+            return self._evaluation_rows(data, data.pictures)
+        categories = self._select(data)
+        pairs = sorted(pair for pair, found in data.objects.items() if pair[1] in categories and found.boxes)
+        return [_row(data, pair) for pair in pairs]
+
+    def maker(self, split: str, rows: Sequence[Row]) -> Callable[[Row], Sample]:
+        """See the base class."""
+        return COCOSamples.of(self._data(split), rows, self.task)
+
     def samples(self, split: str) -> Sequence[Sample]:
         """See the base class."""
         if split == "train":
-            return self._training_rows()
-        if split == "val":
-            return self._evaluation_rows(self.val_split, self.val_limit)
-        return self._evaluation_rows(self.test_split, None)
+            self._warn_about_overlap()
+        return super().samples(split)
 
-    def _training_rows(self) -> COCORows:
-        self._warn_about_overlap()
-        data = self._read(self.train_split)
-        categories = self._select(data)
-        ids = {name: category for category, name in categories.items()}
-        shown = ((image, categories[c]) for (image, c), o in data.objects.items() if c in categories and o.boxes)
-        drawn = draw_shots(
-            shown,
-            self.shots,
-            seed=self.seed,
-            classes=None if self.classes is None else list(ids),
-            split=self.train_split,
-            looked_at=data.annotation_count,
-            remark="Crowd regions and boxes without area are no examples.",
-        )
-        rows = [(image, ids[name]) for image, name in drawn]
-        trained = sorted({category for _, category in rows})
-        if len(trained) < len(categories):
-            absent = ", ".join(name for category, name in categories.items() if category not in trained)
-            warnings.warn(f"Left out of training, no example in {self.train_split}: {absent}.", stacklevel=2)
-        return COCORows(data, sorted(self._with_negatives(rows, data, trained)), self.task)
+    def setup(self, stage: str) -> None:
+        """See the base class. What the chosen rows do not need is then let go."""
+        super().setup(stage)
+        self._annotations.clear()
 
-    def _with_negatives(self, rows: list[RowKey], data: COCOAnnotations, categories: list[int]) -> list[RowKey]:
+    def complete(self, rows: list[Row], usable: Callable[[Row], bool] | None) -> list[Row]:
         """At most `max_rows` rows, of which about `negative_fraction` ask for what is not there."""
-        share = self.negative_fraction
-        if self.max_rows is not None:
-            positives = max(1, self.max_rows - round(self.max_rows * share))
-            rows = hash_order(rows, seed=self.seed, salt="rows")[:positives]
-        wanted = round(len(rows) * share / (1 - share))
-        if self.max_rows is not None:
-            wanted = min(wanted, self.max_rows - len(rows))
-        if wanted == 0:
-            return rows
-        negatives = list(islice(data.absent(categories, self.seed), wanted))
-        if len(negatives) < wanted:
-            warnings.warn(
-                f"negative_fraction={share} asks for {wanted} rows about absent classes, but {self.train_split} has "
-                f"{len(negatives)}; all of them are used.",
-                stacklevel=2,
-            )
-        return rows + negatives
+        data, share = self._data("train"), self.negative_fraction
+        trained = sorted({self.key(row)[1] for row in rows})
+        shown = self.limit(rows, positives_within(self.max_rows, share), salt="rows", usable=usable)
+        skip = {row.image for row in self._held_out}
+        if self.excluded:
+            skip |= {image for image in data.pictures if str(image) in self.excluded}
+        absent = (_row(data, pair) for pair in data.absent(trained, self.seed, skip=skip))
+        limit = self.max_rows
+        full = with_negatives(shown, absent, share=share, limit=limit, usable=usable, split=self.train_split)
+        return sorted(full, key=self.key)
 
-    def _evaluation_rows(self, split: str, limit: int | None) -> COCORows:
-        data = self._read(split)
-        images, categories = sorted(data.pictures)[:limit], self._select(data)
-        rows = [(image, category) for image in images for category in categories]
+    def questions(self, rows: list[Row]) -> list[Row]:
+        """See the base class."""
+        return self._evaluation_rows(self._data("train"), {row.image for row in rows})
+
+    def limit_validation(self, rows: list[Row]) -> list[Row]:
+        """The rows of the first `val_limit` pictures by id."""
+        kept = set(sorted({row.image for row in rows})[: self.val_limit])
+        return [row for row in rows if row.image in kept]
+
+    def look_up(self, split: str, ids: Iterable[str]) -> dict[str, Row]:
+        """See the base class; a manifest also names rows about what pictures do not show."""
+        data = self._data(split)
+        categories = self._select(data)
+        found = {}
+        for name in ids:
+            prefix, _, pair = name.partition(f"coco/{data.split}/")
+            image, _, category = pair.partition("/")
+            if not prefix and image.isdecimal() and category.isdecimal():
+                key = int(image), int(category)
+                if key[0] in data.pictures and key[1] in categories:
+                    found[name] = _row(data, key)
+        return found
+
+    def wording(self, split: str) -> dict[str, Any]:
+        """See the base class."""
+        data = self._data(split)
+        remark = "Crowd regions and boxes without area are no examples."
+        return {"split": data.split, "looked_at": data.annotation_count, "remark": remark}
+
+    def key(self, row: Row) -> RowKey:
+        """(image id, category id)."""
+        _, _, image, category = row.id.split("/")
+        return int(image), int(category)
+
+    def _evaluation_rows(self, data: COCOAnnotations, images: Iterable[int | str]) -> list[Row]:
+        categories = self._select(data)
+        pairs = [(image, category) for image in sorted(images) for category in categories]
         if self.query_mode == "gt":
-            rows = [row for row in rows if row in data.objects and not data.objects[row].is_empty]
-        return COCORows(data, rows, self.task)
+            pairs = [pair for pair in pairs if pair in data.objects and not data.objects[pair].is_empty]
+        return [_row(data, pair) for pair in pairs]
 
-    def _read(self, split: str) -> COCOAnnotations:
-        """The annotations of a split, read once."""
-        if split not in self._annotations:
-            self._annotations[split] = COCOAnnotations(coco_root(self.root, split), split)
-        return self._annotations[split]
+    def _data(self, split: str) -> COCOAnnotations:
+        """The annotations of "train", "val" or "test"; each file is read once."""
+        name = {"train": self.train_split, "val": self.val_split, "test": self.test_split}[split] or self.train_split
+        if name not in self._annotations:
+            self._annotations[name] = COCOAnnotations(coco_root(self.root, name), name)
+        return self._annotations[name]
 
     def _select(self, data: COCOAnnotations) -> dict[int, str]:
         """Category id -> name of the classes that are asked for."""
@@ -183,10 +236,6 @@ class COCODetectionDataModule(RFTDataModule):
                 )
 
     def _check(self) -> None:
-        for name in ("shots", "max_rows", "val_limit"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigConflictError(f"Expected {name} >= 1 or null, found {value}.")
         if not 0 <= self.negative_fraction < 1:
             raise ConfigConflictError(f"Expected 0 <= negative_fraction < 1, found {self.negative_fraction}.")
         if self.query_mode not in ("all", "gt"):
@@ -198,43 +247,61 @@ class COCODetectionDataModule(RFTDataModule):
             )
 
 
-class COCORows(Sequence):
-    """Samples of (image id, category id) pairs, made when they are asked for; a full split has hundreds of thousands.
+def _row(data: COCOAnnotations, pair: RowKey) -> Row:
+    found = data.objects.get(pair)
+    count = len(found.boxes) if found is not None else 0
+    return Row(f"coco/{data.split}/{pair[0]}/{pair[1]}", pair[0], data.categories[pair[1]], count)
 
-    Raises:
-        DatasetNotFoundError, AnnotationError: see :meth:`COCOAnnotations.check_pictures`.
-    """
 
-    def __init__(self, data: COCOAnnotations, rows: list[RowKey], task: DetectionTask) -> None:
-        self.data, self.rows, self.task = data, rows, task
-        data.check_pictures(image for image, _ in rows)
+@dataclass(frozen=True)
+class COCOSamples:
+    """Samples of COCO's rows, with what is annotated of them and nothing else."""
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    file: Path
+    split: str
+    task: DetectionTask
+    pictures: Mapping[int, Picture]
+    objects: Mapping[RowKey, CategoryObjects]
+    categories: Mapping[str, int]
+    # Whether the sizes of the pictures were compared with the file.
+    checked: bool
 
-    def __getitem__(self, position: Any) -> Any:
-        if isinstance(position, slice):
-            return [self[i] for i in range(*position.indices(len(self)))]
-        image, category = self.rows[position]
-        self.data.check_size(image)
-        picture, found = self.data.pictures[image], self.data.objects.get((image, category), CategoryObjects())
+    @classmethod
+    def of(cls, data: COCOAnnotations, rows: Sequence[Row], task: DetectionTask) -> COCOSamples:
+        """The maker of these rows.
+
+        Raises:
+            DatasetNotFoundError, AnnotationError: see :meth:`COCOAnnotations.check_pictures`.
+        """
+        images = {int(row.image) for row in rows}
+        checked = data.check_pictures(images)
+        categories = {name: category for category, name in data.categories.items()}
+        pairs = ((int(row.image), categories[row.label]) for row in rows)
+        return cls(
+            file=data.file,
+            split=data.split,
+            task=task,
+            pictures={image: data.pictures[image] for image in images},
+            objects={pair: data.objects[pair] for pair in pairs if pair in data.objects},
+            categories=categories,
+            checked=checked,
+        )
+
+    def __call__(self, row: Row) -> Sample:
+        image, category = int(row.image), self.categories[row.label]
+        picture, found = self.pictures[image], self.objects.get((image, category), CategoryObjects())
+        if not self.checked:
+            check_size(image, picture, self.file, self.split)
         target = DetectionTarget(
             found.boxes,
-            category=self.data.categories[category],
+            category=row.label,
             category_id=category,
             areas=found.areas,
             ignore_boxes=found.ignore_boxes,
             ignore_areas=found.ignore_areas,
             image_size=picture.size,
         )
-        return Sample(
-            id=f"coco/{self.data.split}/{image}/{category}",
-            image=picture.path,
-            target=target,
-            task=self.task,
-            image_size=picture.size,
-            image_id=image,
-        )
+        return Sample(row.id, picture.path, target, self.task, picture.size, image_id=image)
 
 
-__all__ = ["BASE_65", "CLASS_SETS", "FEW_SHOT_8", "NOVEL_15", "COCODetectionDataModule", "COCORows"]
+__all__ = ["BASE_65", "CLASS_SETS", "FEW_SHOT_8", "NOVEL_15", "COCODetectionDataModule", "COCOSamples"]

@@ -9,14 +9,16 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from pycocotools.coco import COCO
 
+from rft_lightning.datamodules import annotation_cache, bad_images
 from rft_lightning.datamodules.fewshot import hash_order
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
 
@@ -24,8 +26,11 @@ Box = tuple[float, float, float, float]
 RowKey = tuple[int, int]  # (image id, category id)
 
 _DOWNLOADS = "https://cocodataset.org/#download"
-# Reading the headers of more pictures than this would hold up the start; theirs are read when they are used.
-_HEADERS_AT_START = 10_000
+# Up to so many pictures are looked up one by one, more of them in a listing of their folder.
+_LOOKED_UP = 32
+# Number of the form in which annotations are cached.
+_CACHE_VERSION = 1
+_BOX, _CROWD, _NO_AREA = range(3)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,11 @@ class CategoryObjects:
         """Nothing to find, not even a crowd."""
         return not self.boxes and not self.ignore_boxes
 
+    def add(self, box: Box, area: float, *, is_crowd: bool) -> None:
+        """Add an object or a crowd."""
+        (self.ignore_boxes if is_crowd else self.boxes).append(box)
+        (self.ignore_areas if is_crowd else self.areas).append(area)
+
 
 class COCOAnnotations:
     """An instances file, without its masks.
@@ -72,14 +82,30 @@ class COCOAnnotations:
 
     def __init__(self, root: Path, split: str) -> None:
         self.file, self.split = annotation_file(root, split), split
-        content = _parse(self.file)
+        self.categories: dict[int, str] = {}
+        self.pictures: dict[int, Picture] = {}
+        self.objects: dict[RowKey, CategoryObjects] = {}
+        self.annotation_count = 0
+        with annotation_cache.no_collection():
+            self._load(root / split)
+
+    def _load(self, folder: Path) -> None:
+        arrays = annotation_cache.load(self.file, _CACHE_VERSION)
+        if arrays is not None:
+            self._unpack(arrays, folder)
+            return
+        self._fill(_parse(self.file), folder)
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # ids that are no integers: not kept
+            annotation_cache.store(self.file, _CACHE_VERSION, self._pack(folder))
+
+    def _fill(self, content: Mapping[str, Any], folder: Path) -> None:
         try:
             notes = content["annotations"]
             self.categories = {entry["id"]: entry["name"] for entry in sorted(content["categories"], key=_id)}
             first = {note["image_id"]: note["id"] for note in reversed(notes)}
             self.pictures = {
                 entry["id"]: Picture(
-                    root / split / entry["file_name"],
+                    folder / entry["file_name"],
                     (int(entry["width"]), int(entry["height"])),
                     first.get(entry["id"]),
                 )
@@ -89,10 +115,47 @@ class COCOAnnotations:
             raise AnnotationError(_no_instances_file(self.file, error)) from error
         self._check_names()
         self.annotation_count = len(notes)
-        self.objects: dict[RowKey, CategoryObjects] = {}
         for note in notes:
             self._add(note)
-        self._measured: set[int] = set()
+
+    def _pack(self, folder: Path) -> dict[str, np.ndarray]:
+        """Everything as arrays, for the cache."""
+        pictures, notes = self.pictures.values(), []
+        for pair, found in self.objects.items():
+            notes += [(pair, box, area, _BOX) for box, area in zip(found.boxes, found.areas, strict=True)]
+            ignored = zip(found.ignore_boxes, found.ignore_areas, strict=True)
+            notes += [(pair, box, area, _CROWD) for box, area in ignored]
+            notes += [(pair, (0.0,) * 4, 0.0, _NO_AREA)] * found.is_empty
+        pairs, boxes, areas, kinds = zip(*notes, strict=True) if notes else ((), (), (), ())
+        return {
+            "category_ids": _integers(self.categories),
+            "category_names": np.array(list(self.categories.values()), dtype=str),
+            "image_ids": _integers(self.pictures),
+            "image_files": np.array([p.path.relative_to(folder).as_posix() for p in pictures], dtype=str),
+            "image_sizes": np.array([p.size for p in pictures], dtype=np.int64).reshape(-1, 2),
+            "image_notes": _integers(-1 if p.annotation is None else p.annotation for p in pictures),
+            "pairs": _integers(number for pair in pairs for number in pair).reshape(-1, 2),
+            "boxes": np.array(boxes, dtype=np.float64).reshape(-1, 4),
+            "areas": np.array(areas, dtype=np.float64),
+            "kinds": np.array(kinds, dtype=np.int8),
+            "annotation_count": np.array(self.annotation_count),
+        }
+
+    def _unpack(self, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+        """The contrary of :meth:`_pack`."""
+        lists = {name: array.tolist() for name, array in arrays.items()}
+        self.categories = dict(zip(lists["category_ids"], lists["category_names"], strict=True))
+        entries = zip(*(lists[f"image_{name}"] for name in ("ids", "files", "sizes", "notes")), strict=True)
+        self.pictures = {
+            image: Picture(folder / file, tuple(size), None if note == -1 else note)
+            for image, file, size, note in entries
+        }
+        self.annotation_count = lists["annotation_count"]
+        notes = zip(*(lists[name] for name in ("pairs", "boxes", "areas", "kinds")), strict=True)
+        for pair, box, area, kind in notes:
+            found = self.objects.setdefault(tuple(pair), CategoryObjects())
+            if kind != _NO_AREA:
+                found.add(tuple(box), area, is_crowd=kind == _CROWD)
 
     def _check_names(self) -> None:
         twice = [name for name, count in Counter(self.categories.values()).items() if count > 1]
@@ -125,9 +188,7 @@ class COCOAnnotations:
         box = _clip(x, y, width, height, self.pictures[image].size)
         if box is None:
             return
-        is_crowd = bool(note.get("iscrowd", 0))
-        (objects.ignore_boxes if is_crowd else objects.boxes).append(box)
-        (objects.ignore_areas if is_crowd else objects.areas).append(area)
+        objects.add(box, area, is_crowd=bool(note.get("iscrowd", 0)))
 
     def select(self, classes: Iterable[str] | None, *, sets: Iterable[str] = ()) -> dict[int, str]:
         """Category id -> name of `classes` (None: all), ascending.
@@ -151,25 +212,33 @@ class COCOAnnotations:
             )
         return {category: name for category, name in self.categories.items() if name in wanted}
 
-    def absent(self, categories: Sequence[int], seed: int) -> Iterator[RowKey]:
-        """(image id, category id) of what pictures do not show; each picture once, then each a second time, ..."""
-        images = hash_order(self.pictures, seed=seed, salt="negatives")
+    def absent(self, categories: Sequence[int], seed: int, *, skip: Collection[int] = frozenset()) -> Iterator[RowKey]:
+        """(image id, category id) of what pictures do not show; each picture once, then each a second time, ...
+
+        Args:
+            categories: ids of the categories to ask for.
+            seed: seed of the order.
+            skip: ids of pictures to leave out.
+        """
+        images = [image for image in hash_order(self.pictures, seed=seed, salt="negatives") if image not in skip]
         for turn in range(len(categories)):
             for image in images:
                 left = [category for category in categories if (image, category) not in self.objects]
                 if turn < len(left):
                     yield image, hash_order(left, seed=seed, salt=f"negatives/{image}")[turn]
 
-    def check_pictures(self, images: Iterable[int]) -> None:
+    def check_pictures(self, images: Iterable[int]) -> bool:
         """See that the pictures exist and, unless they are too many to open, have the size that the file states.
+
+        Returns:
+            Whether the sizes were compared.
 
         Raises:
             DatasetNotFoundError: a picture is missing or cannot be read.
             AnnotationError: a picture has another size.
         """
         pictures = {image: self.pictures[image] for image in sorted(set(images))}
-        folders = {folder: _names(folder) for folder in {picture.path.parent for picture in pictures.values()}}
-        missing = [i for i, picture in pictures.items() if picture.path.name not in folders[picture.path.parent]]
+        missing = _missing(pictures)
         if missing:
             image = min(missing, key=lambda i: pictures[i].annotation is None)
             path, annotation = pictures[image].path, pictures[image].annotation
@@ -179,35 +248,35 @@ class COCOAnnotations:
                 f"{len(pictures)} pictures used of {self.split} are missing: restore them ({_source(self.split)}), or "
                 "remove them and their annotations from the file."
             )
-        if len(pictures) <= _HEADERS_AT_START:
-            for image in pictures:
-                self.check_size(image)
+        few = len(pictures) <= bad_images.AT_START
+        if few:
+            for image, picture in pictures.items():
+                check_size(image, picture, self.file, self.split)
+        return few
 
-    def check_size(self, image: int) -> None:
-        """Compare the size of a picture with the annotation file, once; only the header is read.
 
-        Raises:
-            DatasetNotFoundError: the picture cannot be read.
-            AnnotationError: the sizes differ.
-        """
-        if image in self._measured:
-            return
-        path, stated = self.pictures[image].path, self.pictures[image].size
-        try:
-            with Image.open(path) as picture:
-                found = picture.size  # EXIF rotation not applied, as in COCO
-        except OSError as error:
-            raise DatasetNotFoundError(
-                f"The picture {path} of image {image} in {self.file} cannot be read ({error}). Restore it "
-                f"({_source(self.split)}), or remove it and its annotations from the file."
-            ) from error
-        if found != stated:
-            raise AnnotationError(
-                f"The picture {path} has {found[0]}x{found[1]} pixels, but {self.file} states {stated[0]}x{stated[1]} "
-                f"for image {image}, so its boxes do not fit. Restore the original picture ({_source(self.split)}), "
-                "without resizing or rotating it, or correct the file."
-            )
-        self._measured.add(image)
+def check_size(image: int, picture: Picture, file: Path, split: str) -> None:
+    """Compare the size of a picture with its annotation file; only the header is read.
+
+    Raises:
+        DatasetNotFoundError: the picture cannot be read.
+        AnnotationError: the sizes differ.
+    """
+    path, stated = picture.path, picture.size
+    try:
+        with Image.open(path) as opened:
+            found = opened.size  # EXIF rotation not applied, as in COCO
+    except OSError as error:
+        raise DatasetNotFoundError(
+            f"The picture {path} of image {image} in {file} cannot be read ({error}). Restore it ({_source(split)}), "
+            "or remove it and its annotations from the file."
+        ) from error
+    if found != stated:
+        raise AnnotationError(
+            f"The picture {path} has {found[0]}x{found[1]} pixels, but {file} states {stated[0]}x{stated[1]} for image "
+            f"{image}, so its boxes do not fit. Restore the original picture ({_source(split)}), without resizing or "
+            "rotating it, or correct the file."
+        )
 
 
 def annotation_file(root: Path, split: str) -> Path:
@@ -275,9 +344,26 @@ def _clip(x: float, y: float, width: float, height: float, size: tuple[int, int]
     return box if box[0] < box[2] and box[1] < box[3] else None
 
 
-def _names(folder: Path) -> set[str]:
-    """What a folder holds; one listing instead of a look-up per picture, which takes minutes on a network disk."""
-    return set(os.listdir(folder)) if folder.is_dir() else set()
+def _missing(pictures: Mapping[int, Picture]) -> list[int]:
+    """The pictures that do not exist."""
+    if len(pictures) <= _LOOKED_UP:
+        return [image for image, picture in pictures.items() if not picture.path.is_file()]
+    # One listing per folder: single look-ups of many thousands take minutes on a network disk.
+    folders = {picture.path.parent for picture in pictures.values()}
+    names = {folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in folders}
+    return [image for image, picture in pictures.items() if picture.path.name not in names[picture.path.parent]]
+
+
+def _integers(numbers: Iterable[Any]) -> np.ndarray:
+    """An array of integers.
+
+    Raises:
+        TypeError: one is none.
+    """
+    found = list(numbers)
+    if not all(type(number) is int for number in found):
+        raise TypeError("not an integer")
+    return np.array(found, dtype=np.int64)
 
 
 def _with_close_matches(name: str, names: Sequence[str]) -> str:
@@ -286,4 +372,13 @@ def _with_close_matches(name: str, names: Sequence[str]) -> str:
     return f"{name!r} (did you mean {', '.join(close)}?)" if close else repr(name)
 
 
-__all__ = ["Box", "COCOAnnotations", "CategoryObjects", "Picture", "RowKey", "annotation_file", "coco_root"]
+__all__ = [
+    "Box",
+    "COCOAnnotations",
+    "CategoryObjects",
+    "Picture",
+    "RowKey",
+    "annotation_file",
+    "check_size",
+    "coco_root",
+]

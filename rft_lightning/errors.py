@@ -34,3 +34,11 @@ class PromptTooLongError(RFTError):
 
 class NonFiniteError(RFTError):
     """A loss, reward or gradient is NaN or infinite."""
+
+
+class DownloadError(RFTError):
+    """A file cannot be fetched, or an archive cannot be unpacked safely."""
+
+
+class ChecksumError(DownloadError):
+    """A file has another checksum than its publisher states."""

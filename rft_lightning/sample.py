@@ -13,11 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from rft_lightning.errors import DatasetNotFoundError
+from rft_lightning.masks import Region, paint
 
 if TYPE_CHECKING:
     from rft_lightning.frames import CoordinateFrame
@@ -78,6 +80,9 @@ class DetectionTarget:
         ignore_areas: [K'] their areas.
         image_size: (width, height) of the original image.
         solution_text: the answer as the published data writes it; only ``rules: published_code`` reads it.
+        not_exhaustive: more objects of the category may be in the picture than have boxes (LVIS): in evaluation a
+            detection that matches none of them is neither right nor wrong.
+        frequency: how frequent the category is, where the data set says so (LVIS: r, c or f).
     """
 
     boxes: Tensor
@@ -88,6 +93,8 @@ class DetectionTarget:
     ignore_areas: Tensor | None = None
     image_size: tuple[int, int] | None = None
     solution_text: str | None = None
+    not_exhaustive: bool = False
+    frequency: str | None = None
 
     def __post_init__(self) -> None:
         self.boxes, self.areas = _with_areas(self.boxes, self.areas)
@@ -103,15 +110,29 @@ class GroundingTarget:
         expression: the referring expression or instruction.
         image_size: (width, height) of the original image.
         solution_text: the answer as the published data writes it; only ``rules: published_code`` reads it.
+        regions: polygons of the object and of what is not scored, where the data set has masks; see :meth:`mask`.
     """
 
     boxes: Tensor
     expression: str = ""
     image_size: tuple[int, int] | None = None
     solution_text: str | None = None
+    regions: tuple[Region, ...] = ()
 
     def __post_init__(self) -> None:
         self.boxes = as_boxes(self.boxes)
+
+    def mask(self) -> np.ndarray | None:
+        """[H, W] uint8: 1 the object, 0 the rest, 255 not scored; painted at every call. None without `regions`.
+
+        Raises:
+            ValueError: there are regions, but no image size.
+        """
+        if not self.regions:
+            return None
+        if self.image_size is None:
+            raise ValueError("A mask needs the image size; set the target's image_size=(width, height).")
+        return paint(self.regions, self.image_size)
 
 
 Target = ClassTarget | DetectionTarget | GroundingTarget
@@ -194,12 +215,12 @@ class Sample:
         Raises:
             DatasetNotFoundError: the file is gone or is no picture.
         """
-        if isinstance(self.image, Image.Image):
-            return self.image.convert("RGB")
         try:
+            if isinstance(self.image, Image.Image):
+                return self.image.convert("RGB")
             with Image.open(self.image) as image:
                 return image.convert("RGB")
-        except OSError as error:
+        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # all of them Pillow's
             raise DatasetNotFoundError(
                 f"Sample {self.id!r}: the image {self.image} cannot be read ({error}). "
                 "Restore the file or remove its annotation."
@@ -345,6 +366,7 @@ __all__ = [
     "GroundingTarget",
     "Prediction",
     "PromptBatch",
+    "Region",
     "Rollouts",
     "Sample",
     "Target",

@@ -11,6 +11,8 @@ import torch
 # Two workers per core on small machines; the numbers in these tests are too small to gain from threads.
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", message=".*litlogger.*")
+# Its asserts say what they found only if pytest rewrites them, as it does in test files.
+pytest.register_assert_rewrite("tests.datamodule_checks")
 
 
 @pytest.fixture(scope="session")

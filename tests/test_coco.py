@@ -19,11 +19,12 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from pycocotools.coco import COCO
 
-from rft_lightning.datamodules import COCODetectionDataModule, RFTDataModule, coco_annotations
+from rft_lightning.datamodules import COCODetectionDataModule, RFTDataModule, bad_images, coco_annotations
 from rft_lightning.datamodules.coco import BASE_65, CLASS_SETS, FEW_SHOT_8, NOVEL_15
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError, EmptyClassError
 from rft_lightning.frames import CoordinateFrame
 from rft_lightning.tasks import DetectionTask
+from tests.datamodule_checks import DataModuleChecks
 from tests.fakes.coco import ANNOTATIONS, CATEGORIES, GREY, MASK_SHARE, ROTATED, SIZES, edit, file_name, write_coco
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*share pictures:UserWarning", "ignore:Fewer than:UserWarning")
@@ -57,6 +58,18 @@ def find(samples, image: int, name: str):
 
 def message(caught: pytest.ExceptionInfo) -> str:
     return str(caught.value)
+
+
+class TestCOCO(DataModuleChecks):
+    @pytest.fixture
+    def make(self, root):
+        return lambda **kwargs: data(root, **kwargs)
+
+
+class TestCOCOWithoutValidationSplit(DataModuleChecks):
+    @pytest.fixture
+    def make(self, root):
+        return lambda **kwargs: data(root, **{"classes": ["cat", "person"], "val_split": None, **kwargs})
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
@@ -505,7 +518,7 @@ def test_a_picture_of_another_size_is_an_error(root):
 
 
 def test_sizes_of_very_many_pictures_are_checked_when_a_sample_is_made(root, monkeypatch):
-    monkeypatch.setattr(coco_annotations, "_HEADERS_AT_START", 3)
+    monkeypatch.setattr(bad_images, "AT_START", 3)
     picture = root / "train2017" / file_name("train2017", 25)
     Image.new("RGB", (64, 48)).save(picture)
     rows = data(root, classes=["cat"]).split("train")

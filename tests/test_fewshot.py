@@ -128,3 +128,88 @@ def test_no_rows_at_all_are_an_error():
 def test_shots_below_one_are_an_error(shots):
     with pytest.raises(ConfigConflictError, match=rf"shots >= 1 or null \(all\), found {shots}"):
         draw_shots(ROWS, shots, seed=0)
+
+
+# Objects as shots, other draws, refused keys
+
+SIZES = {(n, "cat"): size for n, size in enumerate((1, 3, 2, 1, 5, 1, 2, 1, 4, 1))}
+
+
+def objects(drawn):
+    return sum(SIZES[pair] for pair in drawn)
+
+
+def test_objects_are_drawn_in_whole_pictures_up_to_exactly_k():
+    for seed in range(10):
+        for shots in range(1, 9):
+            drawn = draw_shots(SIZES, shots, seed=seed, unit="instance", instances=SIZES, nested=False)
+            assert objects(drawn) == shots
+
+
+def test_the_rule_of_few_shot_detection():
+    # Derived apart from the package: the order of the draw, each picture taken if it fits.
+    order = hash_order([n for n, _ in SIZES], seed=2, salt="shots/6/cat")
+    left, expected = 6, []
+    for n in order:
+        if SIZES[n, "cat"] <= left:
+            left -= SIZES[n, "cat"]
+            expected.append((n, "cat"))
+    assert left == 0
+    assert draw_shots(SIZES, 6, seed=2, unit="instance", instances=SIZES, nested=False) == sorted(expected)
+    assert any(SIZES[pair] > 1 for pair in expected)
+
+
+@pytest.mark.filterwarnings("ignore:Fewer than")
+def test_objects_nest():
+    for seed in range(10):
+        draws = [set(draw_shots(SIZES, k, seed=seed, unit="instance", instances=SIZES)) for k in range(1, 15)]
+        assert all(small <= large for small, large in pairwise(draws))
+        # Each draw adds one object to the one before, as long as there are pictures of one; then what fits, later.
+        assert [objects(draw) for draw in draws[:5]] == [1, 2, 3, 4, 5]
+        assert all(k - 3 <= objects(draw) <= k for k, draw in enumerate(draws, start=1))
+
+
+def test_objects_that_do_not_fit_are_reported():
+    sizes = {(1, "cat"): 3, (2, "cat"): 3, (1, "dog"): 1}
+    with pytest.warns(
+        UserWarning, match=r"Fewer than 4 objects of 2 of 2 classes in train; what fits is used: cat \(3"
+    ):
+        assert objects_of(draw_shots(sizes, 4, seed=0, unit="instance", instances=sizes), sizes) == {"cat": 3, "dog": 1}
+    with pytest.raises(EmptyClassError, match=r"'cat' .*None of its pictures can be used or fits into the shots"):
+        draw_shots(sizes, 2, seed=0, unit="instance", instances=sizes, classes=["cat"])
+
+
+def objects_of(drawn, sizes):
+    return {name: sum(sizes[pair] for pair in drawn if pair[1] == name) for name in ("cat", "dog")}
+
+
+def test_draws_that_do_not_nest_are_their_own():
+    draws = [set(draw_shots(ROWS, shots, seed=0, nested=False)) for shots in range(1, 11)]
+    assert [len(draw) for draw in draws] == [3 * shots for shots in range(1, 11)]
+    assert not all(small <= large for small, large in pairwise(draws))
+    assert set(draw_shots(ROWS, None, seed=0, nested=False)) == set(ROWS)
+
+
+def test_the_next_key_takes_the_place_of_a_refused_one():
+    first = draw_shots(ROWS, 3, seed=5)
+    asked = []
+
+    def usable(key, name):
+        asked.append((key, name))
+        return (key, name) != first[0]
+
+    drawn = draw_shots(ROWS, 3, seed=5, usable=usable)
+    assert set(first[1:]) <= set(drawn)
+    assert first[0] not in drawn
+    assert [name for _, name in drawn].count("cat") == 3
+    assert len(asked) == 10, "only what is drawn is asked about"
+    assert set(draw_shots(ROWS, None, seed=5, usable=usable)) == set(ROWS) - {first[0]}
+
+
+def test_a_class_of_which_all_is_refused_is_empty():
+    with pytest.raises(EmptyClassError, match=r"No example of 'cat'.*None of its pictures can be used"):
+        draw_shots(ROWS, 3, seed=0, classes=["cat", "dog"], usable=lambda key, name: name != "cat")
+
+
+def test_salts_give_unrelated_draws():
+    assert draw_shots(ROWS, 3, seed=0, salt="val_shots") != draw_shots(ROWS, 3, seed=0)
