@@ -72,7 +72,8 @@ def merge(base: Any, over: Any) -> Any:
     """`over` on top of `base`, key by key.
 
     A block whose `class_path` changes is taken from `over` alone: arguments of one class must not reach another. Lists
-    are replaced; a key that ends in "+" appends its list to the base's.
+    are replaced; a key that ends in "+" appends its list to the base's, where an entry of a class that the base's list
+    already holds is merged into that one.
     """
     if not isinstance(base, dict) or not isinstance(over, dict):
         return over
@@ -82,10 +83,23 @@ def merge(base: Any, over: Any) -> Any:
     for key, value in over.items():
         plain = key.removesuffix("+")
         if key.endswith("+") and isinstance(merged.get(plain), list):
-            merged[plain] = merged[plain] + (value if isinstance(value, list) else [value])
+            merged[plain] = _appended(merged[plain], value if isinstance(value, list) else [value])
         else:
             merged[key] = merge(merged.get(key), value)
     return merged
+
+
+def _appended(base: list[Any], more: list[Any]) -> list[Any]:
+    """`base` and `more`: two callbacks of one class would do the same work twice, so theirs are merged."""
+    result = list(base)
+    places = {_class_name(item): i for i, item in enumerate(base) if isinstance(item, dict) and "class_path" in item}
+    for entry in more:
+        place = places.get(_class_name(entry)) if isinstance(entry, dict) else None
+        if place is None:
+            result.append(entry)
+        else:
+            result[place] = merge(result[place], entry)
+    return result
 
 
 def _class_name(block: dict[str, Any]) -> str:

@@ -35,6 +35,14 @@ def test_lists_are_replaced_and_appended_with_a_plus():
     assert merge({"a": [1]}, {"a+": 2}) == {"a": [1, 2]}
 
 
+def test_an_appended_entry_of_a_class_that_is_there_is_merged_into_it():
+    base = {"a": [{"class_path": "X"}, {"class_path": "pkg.Y", "init_args": {"n": 1, "m": 2}}]}
+    over = {"a+": [{"class_path": "Y", "init_args": {"n": 3}}, {"class_path": "Z"}]}
+    merged = merge(base, over)["a"]
+    assert merged == [{"class_path": "X"}, {"class_path": "Y", "init_args": {"n": 3, "m": 2}}, {"class_path": "Z"}]
+    assert base["a"][1]["init_args"]["n"] == 1
+
+
 def parsed(*arguments: str) -> dict:
     """The configuration as the command line sees it."""
     import contextlib
