@@ -7,11 +7,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from rft_lightning.callbacks.drawing import Drawn, draw_boxes
 from rft_lightning.callbacks.predictions import PredictionWriter, drawings_of
 from rft_lightning.cli import main
 from rft_lightning.datamodules import ImagesDataModule, ShapesDataModule
 from rft_lightning.errors import ConfigConflictError, DatasetNotFoundError, RFTError
+from rft_lightning.report.drawing import Drawn, draw_boxes
 from rft_lightning.sample import Answer, Prediction, Sample
 from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask
 
