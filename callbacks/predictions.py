@@ -13,8 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
-from rft_lightning.callbacks.drawing import COLOURS, Drawn, draw_boxes
 from rft_lightning.callbacks.figures import save_atomically
+from rft_lightning.report.drawing import COLOURS, Drawn, draw_boxes
 from rft_lightning.sample import DetectionTarget, GroundingTarget, Prediction, Sample
 
 

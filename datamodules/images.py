@@ -50,6 +50,8 @@ class ImagesDataModule(RFTDataModule):
         DatasetNotFoundError: (in `samples`) there are no pictures, or a file cannot be read as one.
     """
 
+    splits = ("predict",)
+
     def __init__(
         self,
         *,

@@ -21,6 +21,7 @@ from rft_lightning.errors import CheckpointError, ConfigConflictError, RFTError
 from rft_lightning.export import export
 from rft_lightning.grpo import GRPOModule  # noqa: F401
 from rft_lightning.policy_module import PolicyModule
+from rft_lightning.prepare import named_errors, run_prepare, settle_processor
 from rft_lightning.sft import SFTModule  # noqa: F401
 from rft_lightning.trainer import FSDP_MESSAGE, RFTTrainer
 
@@ -49,28 +50,13 @@ class RFTCLI(LightningCLI):
             trainer.callbacks = [c for c in trainer.callbacks if not c.class_path.endswith("ProgressBar")]
 
     def instantiate_classes(self) -> None:
-        """Lightning's; a named error of a constructor leaves as itself, not wrapped by jsonargparse."""
-        try:
+        """Lightning's, with the named errors of constructors."""
+        with named_errors():
             super().instantiate_classes()
-        except ValueError as error:
-            named: BaseException | None = error
-            while named is not None and not isinstance(named, RFTError):
-                named = named.__cause__
-            if named is None:
-                raise
-            raise named from named.__cause__
 
     def after_instantiate_classes(self) -> None:
-        """The policy's checkpoint also sets up the datamodule's prompts.
-
-        Not a jsonargparse link: that would silently overwrite a processor the user set as well.
-        """
-        if self.datamodule.processor not in (None, self.model.checkpoint):
-            raise ConfigConflictError(
-                f"data.processor is {self.datamodule.processor!r} and model.policy is {self.model.checkpoint!r}. "
-                "Prompts are always encoded for the policy: leave data.processor out."
-            )
-        self.datamodule.processor = self.model.checkpoint
+        """The policy's checkpoint also sets up the datamodule's prompts."""
+        settle_processor(self.datamodule, self.model.checkpoint)
 
 
 def configs(copy: str | None = None) -> None:
@@ -110,6 +96,8 @@ def run(args: ArgsType = None) -> Any:
 
         return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"rft {words[0]}")
     install_loader(words if isinstance(words, list) else (), SHARED_DATA_ARGUMENTS)
+    if isinstance(words, list) and words[:1] == ["prepare"]:
+        return run_prepare(words[1:], RFTDataModule)
     return RFTCLI(
         PolicyModule,
         RFTDataModule,
@@ -122,7 +110,7 @@ def run(args: ArgsType = None) -> Any:
         parser_kwargs={
             "version": f"rft_lightning {__version__}",
             "epilog": "Further commands: configs (list and copy the shipped configuration files), export (a checkpoint "
-            "as a Hugging Face folder).",
+            "as a Hugging Face folder), prepare (check, summarise and preview the data of a configuration).",
             # The generated usage is a hundred lines, which would bury the error below it.
             **{name: {"usage": f"rft {name} --config FILE [options]"} for name in RFTCLI.subcommands()},
         },

@@ -18,16 +18,24 @@ Corners = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Drawn:
-    """A box to draw: xyxy in pixels of the picture, in any order of its corners; its caption; its colour."""
+    """A box to draw: xyxy in pixels of the picture, in any order of its corners; caption, colour, width of the line."""
 
     box: Sequence[float]
     caption: str
     colour: str = COLOURS[0]
+    width: int = 1
 
 
-def draw_boxes(image: Image.Image, boxes: Sequence[Drawn]) -> Image.Image:
-    """A copy of a picture with its boxes and their captions, in a size in which these can be read."""
-    scale = min(max(_LEAST / max(image.size), 1), _MOST / max(image.size))
+def draw_boxes(image: Image.Image, boxes: Sequence[Drawn], *, side: int | None = None) -> Image.Image:
+    """A copy of a picture with its boxes and their captions.
+
+    Args:
+        image: the picture.
+        boxes: what to draw.
+        side: pixels of the longer side of the drawing; by default the picture's own, in limits between which captions
+            can be read.
+    """
+    scale = min(max((side or _LEAST) / max(image.size), 1), (side or _MOST) / max(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     # Enlarged without smoothing, so that it is seen which pixels a box takes in.
     resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
@@ -35,7 +43,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Drawn]) -> Image.Image:
     draw, line = ImageDraw.Draw(canvas), max(2, max(width, height) // 320)
     corners = [_corners(drawn.box, image.size, scale) for drawn in boxes]
     for drawn, frame in zip(boxes, corners, strict=True):
-        draw.rectangle(frame, outline=drawn.colour, width=line)
+        draw.rectangle(frame, outline=drawn.colour, width=line * drawn.width)
     taken: list[Corners] = []
     for drawn, frame in zip(boxes, corners, strict=True):  # after all boxes: no line crosses a caption
         _caption(draw, drawn, frame, canvas.size, taken)
@@ -55,7 +63,7 @@ def _caption(
     """Above the box where there is room, else inside it; below the captions that are there, inside the picture."""
     if not drawn.caption:
         return
-    font = _font(max(14, max(size) // 45))
+    font = font_of(max(14, max(size) // 45))
     left, top, right, bottom = draw.textbbox((0, 0), drawn.caption, font=font)
     width, height = right - left + 8, bottom - top + 6
     x = max(0, min(frame[0], size[0] - width))
@@ -74,11 +82,11 @@ def _letters(background: str) -> str:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings: Latin, Greek and Cyrillic class names."""
+def font_of(size: int) -> ImageFont.FreeTypeFont:
+    """A font of so many pixels: DejaVu Sans, which matplotlib brings: Latin, Greek and Cyrillic class names."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
 
 
-__all__ = ["COLOURS", "Drawn", "draw_boxes"]
+__all__ = ["COLOURS", "Drawn", "draw_boxes", "font_of"]
