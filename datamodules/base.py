@@ -60,7 +60,7 @@ class RFTDataModule(LightningDataModule, ABC):
     """
 
     # What can be downloaded into `root`; where empty, the user puts the files there.
-    downloads: ClassVar[Sequence[Download]] = ()
+    downloads: Sequence[Download] = ()
     # The splits that `rft prepare` looks at.
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
 

@@ -36,7 +36,7 @@ class ClassificationBenchmark(ClassificationDataModule):
     """
 
     # What `rft prepare` fetches.
-    downloads: ClassVar[tuple[Download, ...]] = ()
+    downloads: Sequence[Download] = ()
     # Where the set's folder may be, seen from the root, and what shows that it is there.
     places: ClassVar[tuple[str, ...]] = (".",)
     marks: ClassVar[tuple[str, ...]]

@@ -16,6 +16,7 @@ from rft_lightning.datamodules.coco_annotations import (
     check_size,
     coco_root,
 )
+from rft_lightning.datamodules.download import Download
 from rft_lightning.datamodules.labelled import LabelledDataModule
 from rft_lightning.datamodules.negatives import positives_within, with_negatives
 from rft_lightning.datamodules.rows import Row
@@ -44,6 +45,16 @@ NOVEL_15 = (
 # fmt: on
 CLASS_SETS = {"few_shot_8": FEW_SHOT_8, "base_65": BASE_65, "novel_15": NOVEL_15}
 
+# md5 of the official archives (tensorflow_datasets' url_checksums).
+_ARCHIVES = {
+    "train2017": "cced6f7f71b7629ddf16f17bbcfab6b2",
+    "val2017": "442b8da7639aecaf257c1dceb8ba8c80",
+    "train2014": "0da8cfa0e090c266b78f30e2d2874f1a",
+    "val2014": "a3d79f5ed8d289b7a7554ce06a5782b3",
+    "annotations_trainval2017": "f4bbac642086de4f52a3fdda2de5fa2c",
+    "annotations_trainval2014": "0a379cfc70b0e71301e0f377548639bd",
+}
+
 # Pairs of different official splits that share pictures: val2017 is a part of val2014, train2017 is the rest of 2014.
 _OVERLAPS = ({"val2014", "val2017"}, {"val2014", "train2017"}, {"train2014", "train2017"})
 
@@ -51,14 +62,24 @@ _OVERLAPS = ({"val2014", "val2017"}, {"val2014", "train2017"}, {"train2014", "tr
 class COCODetectionDataModule(LabelledDataModule):
     """One question per picture and category: all boxes of the category.
 
-    Reads the official trees of 2017 and 2014 as they are unpacked, ``annotations/instances_{split}.json`` and the
-    pictures in ``{split}/``, below `root` or below ``{root}/coco``. Ids are COCO's own.
+    Reads the official trees of 2017 and 2014 as they are unpacked, below `root` or below ``{root}/coco``::
+
+        root/
+          annotations/instances_train2017.json  instances_val2017.json  (and of 2014)
+          train2017/000000000009.jpg ...  val2017/ ...
+          train2014/COCO_train2014_000000000009.jpg ...  val2014/ ...
+
+    Ids are COCO's own: 80 categories with ids from 1 to 90. train2017 has 118,287 pictures with 860,001 boxes, val2017
+    5,000 with 36,781, train2014 82,783 with 604,907 and val2014 40,504 with 291,875; val2017 is a part of val2014.
 
     Training rows are the (picture, category) pairs with at least one box. Crowds (``iscrowd``) are no answers and no
     shots; in evaluation they are regions where an answer is neither right nor wrong. Boxes are clipped to the picture,
     and those without width or height dropped. Every picture that a split uses must exist and have the size that the
     annotations state; the size is checked at the start for up to 10,000 pictures, and else when a sample is made.
     What is parsed of a large annotation file is kept beside it for the next start (``.instances_*.json.rft.npz``).
+
+    Licence: annotations CC BY 4.0; the pictures are under the terms of Flickr. Citation: Lin et al.: Microsoft COCO:
+    Common Objects in Context, ECCV 2014. https://cocodataset.org
 
     Published few-shot draws (TFA's ``full_box_*``) are given as `manifest`: their pool is train2017, their test is
     val2017.
@@ -119,6 +140,7 @@ class COCODetectionDataModule(LabelledDataModule):
             exclude_image_ids=exclude_image_ids,
             **kwargs,
         )
+        self.downloads = official_files((train_split, val_split, test_split))
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
         self.negative_fraction, self.query_mode = negative_fraction, query_mode
         self.task = task if task is not None else DetectionTask()
@@ -302,6 +324,18 @@ class COCOSamples:
             image_size=picture.size,
         )
         return Sample(row.id, picture.path, target, self.task, picture.size, image_id=image)
+
+
+def official_files(splits: Iterable[str | None]) -> list[Download]:
+    """The archives of COCO's server with the pictures and boxes of these splits; none for splits of one's own."""
+    names: dict[str, str] = {}
+    for split in splits:
+        if split in ("train2017", "val2017", "train2014", "val2014"):
+            names |= {f"annotations_trainval{split[-4:]}": "annotations", split: "zips"}
+    server = "http://images.cocodataset.org"
+    return [
+        Download(f"{server}/{folder}/{name}.zip", f"{name}.zip", _ARCHIVES[name], ".") for name, folder in names.items()
+    ]
 
 
 __all__ = ["BASE_65", "CLASS_SETS", "FEW_SHOT_8", "NOVEL_15", "COCODetectionDataModule", "COCOSamples"]

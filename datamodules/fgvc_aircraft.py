@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from rft_lightning.datamodules.classification import Labelled, with_close_matches
 from rft_lightning.datamodules.classification_benchmark import ClassificationBenchmark
@@ -43,7 +43,7 @@ class FGVCAircraftDataModule(ClassificationBenchmark):
 
     name = "fgvc_aircraft"
     subject, noun = "an aircraft", "the model of the aircraft"
-    downloads: ClassVar[tuple[Download, ...]] = (
+    downloads: Sequence[Download] = (
         Download(_URL, "fgvc-aircraft-2013b.tar.gz", "d4acdd33327262359767eeaa97a4f732", "."),
     )
     places = (".", "data", "fgvc-aircraft-2013b/data", "fgvc_aircraft", "fgvc_aircraft/data")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from rft_lightning.datamodules.classification import Labelled
 from rft_lightning.datamodules.classification_benchmark import ClassificationBenchmark, read_mat
@@ -64,7 +63,7 @@ class Flowers102DataModule(ClassificationBenchmark):
 
     name = "flowers102"
     subject, noun = "a plant", "the species of the plant"
-    downloads: ClassVar[tuple[Download, ...]] = (
+    downloads: Sequence[Download] = (
         Download(_URL + "102flowers.tgz", "102flowers.tgz", "52808999861908f626f3c1f4e79d11fa", "."),
         Download(_URL + "imagelabels.mat", "imagelabels.mat", "e0620be6f572b9609742df49c70aed4d"),
         Download(_URL + "setid.mat", "setid.mat", "a5357ecc9cb78c4bef273ce3793fc85c"),

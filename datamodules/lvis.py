@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from rft_lightning.datamodules.detection import DetectionAnnotations, DetectionDataModule
 from rft_lightning.datamodules.download import Download
@@ -49,8 +50,8 @@ class LVISDetectionDataModule(DetectionDataModule):
     wrong in evaluation. There are no crowds. Names are LVIS's own, underscores and brackets included. What is parsed of
     a large annotation file is kept beside it for the next start (``.lvis_*.json.rft.npz``).
 
-    Licence: annotations CC BY 4.0; the pictures are under the terms of Flickr. Gupta, Dollar, Girshick: LVIS: A Dataset
-    for Large Vocabulary Instance Segmentation, CVPR 2019. https://www.lvisdataset.org
+    Licence: annotations CC BY 4.0; the pictures are under the terms of Flickr. Citation: Gupta, Dollar,
+    Girshick: LVIS: A Dataset for Large Vocabulary Instance Segmentation, CVPR 2019. https://www.lvisdataset.org
 
     Args:
         root: folder that holds ``lvis/`` and ``coco/``.
@@ -69,7 +70,7 @@ class LVISDetectionDataModule(DetectionDataModule):
         AnnotationError: (in `samples`) a file cannot be used.
     """
 
-    downloads: ClassVar[tuple[Download, ...]] = (
+    downloads: Sequence[Download] = (
         Download(
             "https://dl.fbaipublicfiles.com/LVIS/lvis_v1_train.json.zip", "lvis_v1_train.json.zip",
             "4410d837f71203af226950447ef9d422", "lvis/annotations",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
 
 from rft_lightning.datamodules.classification import Labelled
 from rft_lightning.datamodules.classification_benchmark import ClassificationBenchmark
@@ -45,7 +44,7 @@ class Pets37DataModule(ClassificationBenchmark):
 
     name = "pets37"
     subject, noun = "a pet", "the species of the pet"
-    downloads: ClassVar[tuple[Download, ...]] = (
+    downloads: Sequence[Download] = (
         Download(_URL + "images.tar.gz", "images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c", "."),
         Download(_URL + "annotations.tar.gz", "annotations.tar.gz", "95a8c909bbe2e81eed6a22bccdf3f68f", "."),
     )

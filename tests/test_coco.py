@@ -710,3 +710,17 @@ def test_a_real_picture_without_boxes_stays_in_evaluation(sample_data):
 def _order(sample_data: Path) -> list[str]:
     content = json.loads((sample_data / "coco2017_mini/coco/annotations/instances_val2017.json").read_text())
     return [entry["name"] for entry in sorted(content["categories"], key=lambda entry: entry["id"])]
+
+
+def test_downloads_are_those_of_the_used_splits(tmp_path):
+    data = COCODetectionDataModule(root=tmp_path, train_split="train2014", val_split="val2017", test_split="val2017")
+    assert [item.file for item in data.downloads] == [
+        "annotations_trainval2014.zip", "train2014.zip", "annotations_trainval2017.zip", "val2017.zip"
+    ]  # fmt: skip
+    assert data.downloads[1].url == "http://images.cocodataset.org/zips/train2014.zip"
+    assert (
+        COCODetectionDataModule(
+            root=tmp_path, train_split="mine", val_split=None, val_shots=1, test_split="mine"
+        ).downloads
+        == []
+    )
