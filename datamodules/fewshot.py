@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Literal, TypeVar
@@ -36,6 +37,21 @@ def hash_order(keys: Iterable[Key], *, seed: int, salt: str = "") -> list[Key]:
     """
     # Sorted first, so that even equal hashes could not bring the order of a set (which varies with the process) back.
     return sorted(sorted(set(keys)), key=lambda key: _digest(seed, salt, key))  # type: ignore[type-var]
+
+
+def in_turn(kinds: Mapping[str, tuple[str, bool]]) -> list[str]:
+    """Names in an order of which every beginning is spread: over the labels, and over the two kinds of each label.
+
+    Args:
+        kinds: name -> (label, whether it is of the second kind, which comes after the first in each turn).
+    """
+    turns: Counter[tuple[str, bool]] = Counter()
+    place: dict[str, tuple[int, int]] = {}
+    for number, name in enumerate(hash_order(kinds, seed=0, salt="val_limit")):
+        kind = kinds[name]
+        place[name] = 2 * turns[kind] + kind[1], number
+        turns[kind] += 1
+    return sorted(place, key=lambda name: place[name])
 
 
 def draw_shots(
@@ -149,4 +165,4 @@ def _warn_about_few(reached: dict[str, int], shots: int | None, split: str, unit
         )
 
 
-__all__ = ["draw_shots", "hash_order"]
+__all__ = ["draw_shots", "hash_order", "in_turn"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from abc import abstractmethod
 from collections import Counter
@@ -15,10 +14,11 @@ from rft_lightning.datamodules import bad_images
 from rft_lightning.datamodules import manifest as manifests
 from rft_lightning.datamodules.bad_images import ReadableRows, check_headers
 from rft_lightning.datamodules.base import RFTDataModule
-from rft_lightning.datamodules.fewshot import draw_shots, hash_order
+from rft_lightning.datamodules.fewshot import draw_shots, hash_order, in_turn
+from rft_lightning.datamodules.picture_ids import read_ids
 from rft_lightning.datamodules.published_draws import CoOpSplit, GivenRows, read_given
 from rft_lightning.datamodules.rows import Row, SampleRows
-from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
+from rft_lightning.errors import ConfigConflictError, EmptyClassError
 from rft_lightning.sample import Sample
 
 
@@ -140,17 +140,10 @@ class LabelledDataModule(RFTDataModule):
         return rows
 
     def limit_validation(self, rows: list[Row]) -> list[Row]:
-        """At most `val_limit` rows, taken from all classes in turn."""
+        """At most `val_limit` rows, taken from all classes in turn, with and without an object of the class in turn."""
         if self.val_limit is None or len(rows) <= self.val_limit:
             return rows
-        turns: Counter[str] = Counter()
-        place: dict[str, tuple[int, int]] = {}
-        by_id = {row.id: row for row in rows}
-        for number, name in enumerate(hash_order(by_id, seed=0, salt="val_limit")):
-            label = by_id[name].label
-            place[name] = turns[label], number
-            turns[label] += 1
-        kept = set(sorted(place, key=lambda name: place[name])[: self.val_limit])
+        kept = set(in_turn({row.id: (row.label, row.instances == 0) for row in rows})[: self.val_limit])
         return [row for row in rows if row.id in kept]
 
     def look_up(self, split: str, ids: Iterable[str]) -> dict[str, Row]:
@@ -191,7 +184,7 @@ class LabelledDataModule(RFTDataModule):
         listed = self.exclude_image_ids
         if listed is None:
             return frozenset()
-        return frozenset(map(str, listed if isinstance(listed, list) else _read_ids(Path(listed).expanduser())))
+        return frozenset(map(str, listed if isinstance(listed, list) else read_ids(Path(listed).expanduser())))
 
     def manifest_data(self) -> dict[str, Any]:
         """The rows of all splits with the settings that decided them, as JSON: ids, hashes, classes short of shots."""
@@ -211,7 +204,10 @@ class LabelledDataModule(RFTDataModule):
         if shots is None:
             return {}
         by_instance = split == "train" and self.shot_unit == "instance"
-        shown = {(row.label, row.image): row.instances if by_instance else 1 for row in self._shown(split)}
+        rows = self.chosen(split)
+        if split == "val" and self._given_rows("val") is None:
+            rows = self._validation_pool[1]  # what `val_limit` leaves out is there
+        shown = {(row.label, row.image): row.instances if by_instance else 1 for row in rows if row.instances}
         counts = Counter({name: 0 for name in self.class_names})
         for (label, _), count in shown.items():
             counts[label] += count
@@ -236,10 +232,22 @@ class LabelledDataModule(RFTDataModule):
         """What `max_rows` is drawn by: text, or numbers."""
         return row.id
 
+    def _check_excluded(self, rows: list[Row]) -> None:
+        """The rows of a manifest may not show what must not be trained on."""
+        shown = [row.id for row in rows if str(row.image) in self.excluded]
+        if shown:
+            raise ConfigConflictError(
+                f"{len(shown)} training rows of {self.manifest} show pictures that data.exclude_image_ids rules out: "
+                f"{', '.join(shown[:3])}{', ...' * (len(shown) > 3)}. Draw anew without data.manifest, or take those "
+                "pictures out of data.exclude_image_ids."
+            )
+
     def _choice(self, split: str) -> tuple[str, list[Row]]:
         split = "test" if split == "predict" else split
         if split not in self._chosen:
             given = self._given_rows(split)
+            if given is not None and split == "train":
+                self._check_excluded(given[1])
             if given is not None or split != "train":
                 source, rows = given or (self._validation_rows() if split == "val" else self._listed("test"))
                 self._chosen[split] = source, self._readable(source, rows)
@@ -260,6 +268,7 @@ class LabelledDataModule(RFTDataModule):
         source, listed = self._listed("train")
         held_out = {row.image for row in self._held_out}
         pool = [row for row in self._allowed(listed) if row.image not in held_out]
+        self._check_left(listed, pool)
         few = self.shots is not None or self.max_rows is not None
         usable = self._readable_rows(source, decode=few or len(pool) <= bad_images.AT_START)
         drawn = self._draw(pool, self.shots, "train", usable=usable if self.shots is not None else None)
@@ -272,16 +281,30 @@ class LabelledDataModule(RFTDataModule):
         return source, rows
 
     def _validation_rows(self) -> tuple[str, list[Row]]:
+        source, rows = self._validation_pool
+        return source, self.limit_validation(rows)
+
+    @cached_property
+    def _validation_pool(self) -> tuple[str, list[Row]]:
+        """What validation may ask, before `val_limit`."""
         if self._has_val():
             source, rows = self._listed("val")
             if self.val_shots is not None:
-                drawn = {row.image for row in self._draw([r for r in rows if r.instances], self.val_shots, "val")}
+                drawn = {row.image for row in self._draw_readable(source, rows)}
                 rows = [row for row in rows if row.image in drawn]
         elif self.val_shots is not None:
             source, rows = self._listed("train")[0], self.questions(self._held_out)
         else:
             source, rows = self._listed("test")
-        return source, self.limit_validation(rows)
+        return source, rows
+
+    def _draw_readable(self, source: str, pool: list[Row]) -> list[Row]:
+        """The `val_shots` rows, the next picture of the class in the place of one that cannot be read."""
+        usable = self._readable_rows(source, decode=True)
+        drawn = self._draw(pool, self.val_shots, "val", usable=usable)
+        if usable is not None:
+            usable.warn(self.wording(source)["split"])
+        return drawn
 
     def _has_val(self) -> bool:
         return "val" in self.given.splits if isinstance(self.given, CoOpSplit) else self.has_val
@@ -293,8 +316,9 @@ class LabelledDataModule(RFTDataModule):
             return []
         given = self._given_rows("train")
         trained = {row.image for row in given[1]} if given else set()
-        pool = [row for row in self._allowed(self._listed("train")[1]) if row.image not in trained]
-        drawn = {row.image for row in self._draw(pool, self.val_shots, "val")}
+        source, listed = self._listed("train")
+        pool = [row for row in self._allowed(listed) if row.image not in trained]
+        drawn = {row.image for row in self._draw_readable(source, pool)}
         return [row for row in pool if row.image in drawn]
 
     def _allowed(self, rows: list[Row]) -> list[Row]:
@@ -302,7 +326,7 @@ class LabelledDataModule(RFTDataModule):
         if self.exclude_image_ids is None:
             return rows
         left = [row for row in rows if str(row.image) not in self.excluded]
-        if len(left) == len(rows) and self.excluded:
+        if rows and len(left) == len(rows) and self.excluded:
             warnings.warn(
                 f"No training row of {self.wording('train')['split']} shows one of the {len(self.excluded)} pictures "
                 f"in data.exclude_image_ids (ids there look like {rows[0].image!r}).",
@@ -313,7 +337,8 @@ class LabelledDataModule(RFTDataModule):
     def _draw(
         self, pool: list[Row], shots: int | None, split: str, *, usable: Callable[[Row], bool] | None = None
     ) -> list[Row]:
-        """The rows of the drawn (picture, class) pairs, in the order of the pool."""
+        """The rows of the drawn (picture, class) pairs, in the order of the pool; what is not there is no shot."""
+        pool = pool if shots is None else [row for row in pool if row.instances]
         rows = {(row.image, row.label): row for row in pool}
         training = split == "train"
         drawn = set(
@@ -331,6 +356,20 @@ class LabelledDataModule(RFTDataModule):
             )
         )
         return [row for row in pool if (row.image, row.label) in drawn]
+
+    def _check_left(self, listed: list[Row], pool: list[Row]) -> None:
+        """Say so where it is our settings that leave nothing of a class, or nothing at all."""
+        left = {row.label for row in pool if row.instances}
+        lost = sorted({row.label for row in listed if row.instances} - left)
+        if lost and (self.classes is not None or not left):
+            held_out, excluded = {row.image for row in self._held_out}, self.excluded
+            taken = sum(row.image in held_out for row in listed if row.label in lost)
+            out = sum(str(row.image) in excluded for row in listed if row.label in lost)
+            raise EmptyClassError(
+                f"No training picture is left of {', '.join(map(repr, lost[:5]))}{', ...' * (len(lost) > 5)}: "
+                f"data.val_shots={self.val_shots} holds {taken} out for validation and data.exclude_image_ids leaves "
+                f"{out} out. Lower data.val_shots, or exclude fewer pictures."
+            )
 
     def _warn_about_left_out(self, rows: list[Row]) -> None:
         drawn = {row.label for row in rows}
@@ -353,9 +392,6 @@ class LabelledDataModule(RFTDataModule):
         usable.warn(self.wording(source)["split"])
         return kept
 
-    def _shown(self, split: str) -> list[Row]:
-        return [row for row in self.chosen(split) if row.instances]
-
     def _summary(self, split: str) -> dict[str, Any]:
         rows = self.chosen(split)
         per_class = Counter(row.label for row in rows)
@@ -366,26 +402,6 @@ class LabelledDataModule(RFTDataModule):
             "rows_per_class": {"min": min(per_class.values(), default=0), "max": max(per_class.values(), default=0)},
             "short": self.short(split),
         }
-
-
-def _read_ids(file: Path) -> list[Any]:
-    """The picture ids of a JSON file."""
-    if not file.is_file():
-        raise DatasetNotFoundError(
-            f"data.exclude_image_ids: no file at {file} (seen from {Path.cwd()}). Expected JSON: a list of ids, or an "
-            "annotation file with `images`."
-        )
-    try:
-        content = json.loads(file.read_bytes())
-        listed = [entry["id"] for entry in content["images"]] if isinstance(content, dict) else list(content)
-        if not all(isinstance(entry, int | str) for entry in listed):
-            raise TypeError("entries are no ids")
-    except (ValueError, KeyError, TypeError) as error:
-        raise AnnotationError(
-            f"data.exclude_image_ids: {file} is not usable ({error!r}). Expected JSON: a list of ids (numbers or "
-            "text), or an annotation file with `images` (id)."
-        ) from error
-    return listed
 
 
 __all__ = ["LabelledDataModule"]

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FORMAT = "rft_lightning manifest"
 FORMAT_VERSION = 1
 # A test split beyond this is stated by count and hash alone; a file of ids would outgrow the annotations.
+# Settings under which the same rows have other classes or boxes.
+MEANING = ("level", "split_protocol", "class_name_style", "box_from")
 _TEST_IDS = 20_000
 
 
@@ -38,11 +40,11 @@ class Manifest:
     content: dict[str, Any]
 
     def check(self, data: LabelledDataModule) -> None:
-        """See that it is a whole, unedited manifest of this data set.
+        """See that it is a manifest of this data set with the rows it was written with.
 
         Raises:
-            ConfigConflictError: it is of another data set or a newer format.
-            AnnotationError: ids do not fit their hash.
+            ConfigConflictError: it is of another data set, of one with another meaning, or of another format.
+            AnnotationError: ids are missing or do not fit their hash.
         """
         found, expected = self.content.get("dataset"), type(data).__name__
         if found != expected:
@@ -66,8 +68,16 @@ class Manifest:
                 whole = False
             if not whole:
                 raise AnnotationError(
-                    f"The {split} rows of the manifest {self.file} do not fit its hash, so it was edited or cut off. "
-                    "Restore it, or draw anew with `rft prepare`."
+                    f"The {split} rows of the manifest {self.file} are missing or do not fit their hash, so it was "
+                    "edited or cut off. Restore it, or draw anew with `rft prepare`."
+                )
+        ours, theirs = settings_of(data), self.content["settings"]
+        for name in MEANING:
+            if ours.get(name) != theirs.get(name):
+                raise ConfigConflictError(
+                    f"The manifest {self.file} was written with {name}={theirs.get(name)!r}, but data.{name} is "
+                    f"{ours.get(name)!r}: its rows would be asked for other answers. Set data.{name} to that, or draw "
+                    "anew without data.manifest."
                 )
 
     def choose(self, data: LabelledDataModule, split: str) -> tuple[str, list[Row]] | None:

@@ -53,20 +53,25 @@ class CoordinateFrame:
 
     def to_pixels(self, boxes: BoxesLike, image_size: tuple[int, int]) -> Tensor:
         """Boxes [K, 4] as written -> float64 xyxy in pixels of the original image; nothing is clipped."""
-        return as_boxes(boxes) * self._scale(image_size)
+        pixels, units = self._sides(image_size)
+        return as_boxes(boxes) * pixels / units  # in this order the frame's border is the picture's, exactly
 
     def from_pixels(self, boxes: BoxesLike, image_size: tuple[int, int]) -> Tensor:
         """Boxes [K, 4] in pixels -> int64 numbers as the model should write them.
 
-        Rounded to the nearest integer, clamped to the frame, and kept at least one unit wide and high, so that a small
-        object does not vanish.
+        Rounded to the nearest integer and clamped to the frame. A side that rounds to nothing becomes the one unit that
+        its middle lies in, so that a small object does not vanish, and neither corner moves by more than a unit.
         """
         size = self.size(image_size)
-        written = (as_boxes(boxes) / self._scale(image_size)).round().long()
-        for axis in (0, 1):
-            low = written[:, axis].clamp(0, size[axis] - 1)
-            written[:, axis] = low
-            written[:, axis + 2] = torch.maximum(written[:, axis + 2].clamp(max=size[axis]), low + 1)
+        pixels, units = self._sides(image_size)
+        boxes = as_boxes(boxes) * units / pixels
+        written = boxes.round().long()
+        for axis, extent in enumerate(size):
+            low, high = written[:, axis].clamp(0, extent), written[:, axis + 2].clamp(0, extent)
+            middle = ((boxes[:, axis] + boxes[:, axis + 2]) / 2).floor().long().clamp(0, extent - 1)
+            flat = low >= high
+            written[:, axis] = torch.where(flat, middle, low)
+            written[:, axis + 2] = torch.where(flat, middle + 1, high)
         return written
 
     def inside(self, boxes: BoxesLike, image_size: tuple[int, int]) -> Tensor:
@@ -80,9 +85,10 @@ class CoordinateFrame:
         """The range in the words of the question; a numeric range is stated for relative frames only."""
         return f"between 0 and {self.extent}, integer" if self.kind == "relative" else "in pixels of the image, integer"
 
-    def _scale(self, image_size: tuple[int, int]) -> Tensor:
-        width, height = self.size(image_size)
+    def _sides(self, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Width, height, width, height of the image in pixels, and of the frame in its units."""
+        size = self.size(image_size)
         if image_size is None:
             raise ValueError("Expected the image size in pixels, found None; set image_size=(width, height).")
-        x, y = image_size[0] / width, image_size[1] / height
-        return torch.tensor([x, y, x, y], dtype=torch.float64)
+        pixels, units = torch.tensor([[*image_size, *image_size], [*size, *size]], dtype=torch.float64)
+        return pixels, units

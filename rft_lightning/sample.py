@@ -217,14 +217,22 @@ class Sample:
         """
         try:
             if isinstance(self.image, Image.Image):
-                return self.image.convert("RGB")
+                return as_rgb(self.image)
             with Image.open(self.image) as image:
-                return image.convert("RGB")
+                return as_rgb(image)
         except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # all of them Pillow's
             raise DatasetNotFoundError(
                 f"Sample {self.id!r}: the image {self.image} cannot be read ({error}). "
-                "Restore the file or remove its annotation."
+                "Restore the file, remove its annotation, or set data.on_bad_image to skip."
             ) from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as RGB; 16-bit grey ones are scaled, which Pillow would cut off at 255."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.int64) // 257
+        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
 
 
 @dataclass

@@ -333,13 +333,13 @@ def test_manifests_that_do_not_fit(coco, root, tmp_path):
         detection(coco, manifest=file, classes=["cat", "person"]).chosen("train")
     good["splits"]["train"]["ids"].pop()
     file.write_text(json.dumps(good))
-    with pytest.raises(AnnotationError, match=r"The train rows .* do not fit its hash, so it was edited"):
+    with pytest.raises(AnnotationError, match=r"The train rows .* are missing or do not fit their hash, so it was"):
         detection(coco, manifest=file).chosen("train")
     file.write_text(json.dumps({**good, "format_version": 99}))
     with pytest.raises(ConfigConflictError, match="format version 99, expected 1"):
         detection(coco, manifest=file).chosen("train")
     file.write_text(json.dumps({**good, "splits": {}}))
-    with pytest.raises(AnnotationError, match="do not fit its hash"):
+    with pytest.raises(AnnotationError, match="do not fit their hash"):
         detection(coco, manifest=file).chosen("train")
     for content in ("[]", "{}", '{"train": 3}', "no json"):
         file.write_text(content)
@@ -492,3 +492,82 @@ def test_real_published_draws_are_read(sample_data, shots, root):
         given = Flowers(root=root, manifest=file).given
         assert Counter(Counter(e.label for e in given.splits["train"]).values()) == {shots: classes}
         assert len({entry.path for part in given.splits.values() for entry in part}) == 2 * shots * classes
+
+
+# What a review found
+
+
+class WithAbsent(Flowers):
+    """Half of the rows of every class ask for what is not there."""
+
+    def rows(self, split):
+        return [Row(row.id, row.image, row.label, instances=n // 3 % 2) for n, row in enumerate(super().rows(split))]
+
+
+def test_a_question_about_what_is_not_there_is_no_shot(root):
+    assert all(row.instances for row in WithAbsent(root=root, shots=2).chosen("train"))
+    assert Counter(row.instances for row in WithAbsent(root=root).chosen("train")) == {0: 6, 1: 6}
+
+
+def test_a_short_validation_holds_positives_of_every_class(root):
+    rows = WithAbsent(root=root, val_limit=3).chosen("val")
+    assert {row.label for row in rows if row.instances} == set(NAMES)
+
+
+def test_val_limit_makes_no_class_short(root):
+    data = Flowers(root=root, val_shots=2, val_limit=2)
+    assert len(data.chosen("val")) == 2
+    assert data.short("val") == {}
+
+
+def test_too_many_validation_shots_say_so(root):
+    with pytest.raises(
+        EmptyClassError, match=r"No training picture is left of 'daisy', 'rose', 'tulip': .*val_shots=4 holds 12"
+    ):
+        Flowers(root=root, val_shots=4).chosen("train")
+    excluded = [f"jpg/{n:03}.jpg" for n in (0, 3, 6, 9)]
+    with pytest.raises(EmptyClassError, match=r"left of 'rose'.*exclude_image_ids leaves 4 out"):
+        Flowers(root=root, classes=["rose"], exclude_image_ids=excluded).chosen("train")
+
+
+def test_an_unreadable_validation_shot_is_replaced(root):
+    kept = Flowers(root=root, val_shots=2).chosen("val")
+    damage(root / kept[0].image)
+    with pytest.warns(UserWarning, match="1 pictures of"):
+        rows = Flowers(root=root, val_shots=2, on_bad_image="skip").chosen("val")
+    assert Counter(row.label for row in rows) == dict.fromkeys(NAMES, 2)
+    assert kept[0].image not in images(rows)
+
+
+def test_a_manifest_does_not_get_round_an_exclusion(root, tmp_path):
+    data = Flowers(root=root, shots=1)
+    data.write_manifest(tmp_path / "m.json")
+    shown = data.chosen("train")[0].image
+    with pytest.raises(
+        ConfigConflictError, match=r"1 training rows of .*m\.json show pictures that data\.exclude_image_ids"
+    ):
+        Flowers(root=root, manifest=tmp_path / "m.json", exclude_image_ids=[shown]).chosen("train")
+
+
+class Levelled(Flowers):
+    def __init__(self, *, level="variant", **kwargs):
+        super().__init__(**kwargs)
+        self.level = level
+
+
+def test_a_manifest_of_another_level_is_refused(root, tmp_path):
+    Levelled(root=root, shots=1).write_manifest(tmp_path / "m.json")
+    Levelled(root=root, manifest=tmp_path / "m.json").chosen("train")
+    with pytest.raises(ConfigConflictError, match=r"level='variant', but data\.level is 'family'"):
+        Levelled(root=root, level="family", manifest=tmp_path / "m.json").chosen("train")
+
+
+def test_a_named_class_without_examples_and_an_exclusion(coco):
+    with pytest.raises(EmptyClassError):
+        detection(coco, classes=["car"], exclude_image_ids=[1]).chosen("train")
+
+
+def test_16_bit_grey_pictures_are_scaled(tmp_path):
+    Image.new("I;16", (4, 4), 30000).save(tmp_path / "a.png")
+    sample = Sample("a", tmp_path / "a.png", ClassTarget("x"), ClassificationTask(), (4, 4))
+    assert sample.load_image().getpixel((0, 0)) == (116, 116, 116)
