@@ -24,6 +24,14 @@ from rft_lightning.datamodules.manifest import write_atomically
 SMALLEST_SOURCE = 2 * 1024**2  # bytes
 _KEY = "rft_lightning"
 
+State = tuple[int, int]  # (bytes, time of change in ns)
+
+
+def state(source: Path) -> State:
+    """What tells one content of a file from another."""
+    found = source.stat()
+    return found.st_size, found.st_mtime_ns
+
 
 def load(source: Path, version: int) -> dict[str, np.ndarray] | None:
     """The arrays that :func:`store` kept of a file; None when there are none, or the file has changed since.
@@ -38,19 +46,29 @@ def load(source: Path, version: int) -> dict[str, np.ndarray] | None:
         try:
             # Not by name: a damaged archive would leave the file open.
             with place.open("rb") as file, np.load(file, allow_pickle=False) as found:
-                if found[_KEY].tobytes() == _key(source, version):
+                if found[_KEY].tobytes() == _key(source, version, state(source)):
                     return {name: found[name] for name in found.files if name != _KEY}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.zlib.error):  # type: ignore[attr-defined]
             continue
     return None
 
 
-def store(source: Path, version: int, arrays: Mapping[str, np.ndarray]) -> None:
-    """Keep arrays beside a file, or in the user's cache folder where that is read-only; where neither works, not."""
-    if source.stat().st_size < SMALLEST_SOURCE:
+def store(source: Path, version: int, arrays: Mapping[str, np.ndarray], before: State) -> None:
+    """Keep arrays beside a file, or in the user's cache folder where that is read-only; where neither works, not.
+
+    Args:
+        source: the annotation file.
+        version: number of the form that the arrays are in.
+        arrays: what was parsed.
+        before: :func:`state` of the file before it was parsed. They are not kept when it has changed since, for they
+            may be of the old content.
+    """
+    if before[0] < SMALLEST_SOURCE or state(source) != before:
         return
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **{_KEY: np.frombuffer(_key(source, version), np.uint8)}, **arrays)
+    np.savez_compressed(
+        buffer, allow_pickle=False, **{_KEY: np.frombuffer(_key(source, version, before), np.uint8)}, **arrays
+    )
     for place in _places(source):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -78,9 +96,8 @@ def _places(source: Path) -> list[Path]:
     return [source.with_name(f".{source.name}.rft.npz"), cache / f"{source.name}.{name}.npz"]
 
 
-def _key(source: Path, version: int) -> bytes:
-    state = source.stat()
-    return json.dumps([version, source.name, state.st_size, state.st_mtime_ns]).encode()
+def _key(source: Path, version: int, found: State) -> bytes:
+    return json.dumps([version, source.name, *found]).encode()
 
 
-__all__ = ["SMALLEST_SOURCE", "load", "no_collection", "store"]
+__all__ = ["SMALLEST_SOURCE", "State", "load", "no_collection", "state", "store"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from abc import abstractmethod
 from collections import Counter
@@ -16,6 +15,7 @@ from PIL import Image
 
 from rft_lightning.datamodules.labelled import LabelledDataModule
 from rft_lightning.datamodules.rows import Row
+from rft_lightning.datamodules.selection import with_close_matches
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
 from rft_lightning.rewards.accuracy import normalise_label
 from rft_lightning.sample import ClassTarget, Sample
@@ -180,13 +180,6 @@ def by_spelling(names: Iterable[str], aliases: Callable[[str], Iterable[str]]) -
     return {normalise_label(spelling): name for name in names for spelling in (name, *aliases(name))}
 
 
-def with_close_matches(name: str, names: Iterable[str]) -> str:
-    """A name in quotes, with the most similar of `names`."""
-    lowered = {known.lower(): known for known in names}
-    close = [repr(lowered[match]) for match in difflib.get_close_matches(name.lower(), lowered)]
-    return f"{name!r} (did you mean {', '.join(close)}?)" if close else repr(name)
-
-
 def names_in(folder: Path) -> set[str]:
     """What a folder holds; nothing if there is no such folder."""
     return set(os.listdir(folder)) if folder.is_dir() else set()
@@ -199,5 +192,4 @@ __all__ = [
     "by_spelling",
     "names_in",
     "readable",
-    "with_close_matches",
 ]

@@ -14,9 +14,9 @@ from rft_lightning.datamodules.classification import (
     Labelled,
     by_spelling,
     names_in,
-    with_close_matches,
 )
 from rft_lightning.datamodules.download import Download
+from rft_lightning.datamodules.selection import with_close_matches
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
 from rft_lightning.rewards.accuracy import normalise_label
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pycocotools.coco import COCO
 
 from rft_lightning.datamodules import annotation_cache, bad_images
 from rft_lightning.datamodules.fewshot import hash_order
+from rft_lightning.datamodules.selection import with_close_matches
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
 
 Box = tuple[float, float, float, float]
@@ -28,8 +28,8 @@ RowKey = tuple[int, int]  # (image id, category id)
 _DOWNLOADS = "https://cocodataset.org/#download"
 # Up to so many pictures are looked up one by one, more of them in a listing of their folder.
 _LOOKED_UP = 32
-# Number of the form in which annotations are cached.
-_CACHE_VERSION = 1
+# Number of the form in which annotations are cached; raised for new checks as well, a cache is not checked again.
+_CACHE_VERSION = 2
 _BOX, _CROWD, _NO_AREA = range(3)
 
 
@@ -90,13 +90,14 @@ class COCOAnnotations:
             self._load(root / split)
 
     def _load(self, folder: Path) -> None:
+        before = annotation_cache.state(self.file)
         arrays = annotation_cache.load(self.file, _CACHE_VERSION)
         if arrays is not None:
             self._unpack(arrays, folder)
             return
         self._fill(_parse(self.file), folder)
         with contextlib.suppress(TypeError, ValueError, OverflowError):  # ids that are no integers: not kept
-            annotation_cache.store(self.file, _CACHE_VERSION, self._pack(folder))
+            annotation_cache.store(self.file, _CACHE_VERSION, self._pack(folder), before)
 
     def _fill(self, content: Mapping[str, Any], folder: Path) -> None:
         try:
@@ -113,6 +114,8 @@ class COCOAnnotations:
             }
         except (KeyError, TypeError, ValueError) as error:
             raise AnnotationError(_no_instances_file(self.file, error)) from error
+        for what, entries in (("image", content["images"]), ("category", content["categories"]), ("annotation", notes)):
+            check_unique(f"{what} id", map(_id, entries), self.file)
         self._check_names()
         self.annotation_count = len(notes)
         for note in notes:
@@ -170,10 +173,7 @@ class COCOAnnotations:
         where = f"Annotation {note['id']} in {self.file}"
         for kind, value, known in (("image", image, self.pictures), ("category", category, self.categories)):
             if value not in known:
-                raise AnnotationError(
-                    f"{where} belongs to {kind} {value}, which the file does not list. Add the {kind} or remove the "
-                    "annotation."
-                )
+                raise AnnotationError(not_listed(where, kind, value))
         objects = self.objects.setdefault((image, category), CategoryObjects())
         try:
             x, y, width, height = (float(value) for value in note["bbox"])
@@ -207,7 +207,7 @@ class COCOAnnotations:
         if unknown:
             known = [*names, *sets]
             raise ConfigConflictError(
-                f"Unknown class in data.classes: {'; '.join(_with_close_matches(name, known) for name in unknown)}. "
+                f"Unknown class in data.classes: {'; '.join(with_close_matches(name, known) for name in unknown)}. "
                 f"{self.file} has {len(names)} classes: {', '.join(names)}. Sets of classes: {', '.join(sets) or '-'}."
             )
         return {category: name for category, name in self.categories.items() if name in wanted}
@@ -277,6 +277,26 @@ def check_size(image: int, picture: Picture, file: Path, split: str) -> None:
             f"{image}, so its boxes do not fit. Restore the original picture ({_source(split)}), without resizing or "
             "rotating it, or correct the file."
         )
+
+
+def check_unique(what: str, values: Iterable[Hashable], source: Path) -> None:
+    """See that no value occurs twice.
+
+    Raises:
+        AnnotationError: one does.
+    """
+    seen = set()
+    for value in values:
+        if value in seen:
+            raise AnnotationError(f"{source} has the {what} {value!r} twice; expected it once. Rename or remove one.")
+        seen.add(value)
+
+
+def not_listed(where: str, kind: str, value: object) -> str:
+    """What to say of an annotation of an unknown image or category."""
+    return (
+        f"{where} belongs to {kind} {value!r}, which the file does not list. Add the {kind} or remove the annotation."
+    )
 
 
 def annotation_file(root: Path, split: str) -> Path:
@@ -366,12 +386,6 @@ def _integers(numbers: Iterable[Any]) -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def _with_close_matches(name: str, names: Sequence[str]) -> str:
-    lowered = {known.lower(): known for known in names}
-    close = [repr(lowered[match]) for match in difflib.get_close_matches(name.lower(), lowered)]
-    return f"{name!r} (did you mean {', '.join(close)}?)" if close else repr(name)
-
-
 __all__ = [
     "Box",
     "COCOAnnotations",
@@ -380,5 +394,7 @@ __all__ = [
     "RowKey",
     "annotation_file",
     "check_size",
+    "check_unique",
     "coco_root",
+    "not_listed",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import posixpath
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -172,7 +173,7 @@ def read_csv(file: Path) -> dict[str, list[Labelled]]:
                 split = splits.get((row.get("split") or "train").strip().lower()) if "split" in row else "train"
                 path, label = (row["path"] or "").strip(), (row["label"] or "").strip()
                 _check_row(file, reader.line_num, path, label, split, row)
-                found[str(split)].append(Labelled(Path(path).as_posix(), label))
+                found[str(split)].append(Labelled(posixpath.normpath(path), label))
     except (UnicodeDecodeError, csv.Error) as error:
         raise AnnotationError(f"{file} cannot be read ({error}). Save it as CSV in UTF-8.") from error
     return found
@@ -188,12 +189,13 @@ def _check_header(file: Path, columns: Sequence[str]) -> None:
 
 
 def _check_row(file: Path, line: int, path: str, label: str, split: str | None, row: Mapping[str, Any]) -> None:
-    if path and label and split and not Path(path).is_absolute():
+    below_root = not Path(path).is_absolute() and posixpath.normpath(path).split("/")[0] != ".."
+    if path and label and split and below_root:
         return
     found = ", ".join(f"{name}={value!r}" for name, value in row.items() if name in ("path", "label", "split"))
     raise AnnotationError(
-        f"{file}, line {line}: {found}. Expected a path seen from the root (sample ids are made of it), a label"
-        f"{' and a split that is train, val or test' if 'split' in row else ''}. Correct the line."
+        f"{file}, line {line}: {found}. Expected a path seen from the root and below it (sample ids are made of "
+        f"it), a label{' and a split that is train, val or test' if 'split' in row else ''}. Correct the line."
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -174,19 +174,6 @@ def stated_size(path: Path, width: Any, height: Any, where: str) -> tuple[int, i
     return size
 
 
-def check_unique(what: str, values: Iterable[Hashable], source: Path) -> None:
-    """See that no value occurs twice.
-
-    Raises:
-        AnnotationError: one does.
-    """
-    seen = set()
-    for value in values:
-        if value in seen:
-            raise AnnotationError(f"{source} has the {what} {value!r} twice; expected it once. Rename or remove one.")
-        seen.add(value)
-
-
 def first_existing(paths: Iterable[Path], pattern: str | None = None) -> Path | None:
     """The first path that exists (and holds files of `pattern`)."""
     return next((p for p in paths if (p.exists() if pattern is None else any(p.glob(pattern)))), None)
@@ -199,7 +186,6 @@ __all__ = [
     "Labelled",
     "Reader",
     "Thing",
-    "check_unique",
     "first_existing",
     "parse_json",
     "stated_size",

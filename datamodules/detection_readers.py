@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from rft_lightning.datamodules.coco_annotations import check_unique, not_listed
 from rft_lightning.datamodules.detection import ImageId, picture_size
 from rft_lightning.datamodules.detection_formats import (
     SUFFIXES,
@@ -16,7 +17,6 @@ from rft_lightning.datamodules.detection_formats import (
     Labelled,
     Reader,
     Thing,
-    check_unique,
     first_existing,
     parse_json,
     stated_size,
@@ -128,7 +128,9 @@ class YOLOReader(Reader):
         parts = list(source.relative_to(self.root).parts)
         parts[parts.index("images")] = "labels"  # ultralytics' rule: the same path with labels for images
         folder = self.root.joinpath(*parts)
-        pictures = {path.stem: path for path in _pictures_in(source)}
+        found = _pictures_in(source)
+        check_unique("picture (name without its suffix)", (path.stem for path in found), source)
+        pictures = {path.stem: path for path in found}
         lost = sorted(f for f in folder.glob("*.txt") if f.stem not in pictures and f.name != "classes.txt")
         if lost:
             raise DatasetNotFoundError(
@@ -218,10 +220,7 @@ def _add_note(
 ) -> None:
     for kind, value, known in (("image", note["image_id"], pictures), ("category", note["category_id"], names)):
         if value not in known:
-            raise AnnotationError(
-                f"{where} belongs to {kind} {value!r}, which the file does not list. Add the {kind} or remove the "
-                "annotation."
-            )
+            raise AnnotationError(not_listed(where, kind, value))
     picture = pictures[note["image_id"]]
     if picture is None:
         return

@@ -7,9 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from rft_lightning.datamodules.classification import Labelled, with_close_matches
+from rft_lightning.datamodules.classification import Labelled
 from rft_lightning.datamodules.classification_benchmark import ClassificationBenchmark
 from rft_lightning.datamodules.download import Download
+from rft_lightning.datamodules.selection import with_close_matches
 from rft_lightning.errors import AnnotationError, ConfigConflictError
 
 _URL = "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"
@@ -30,9 +31,9 @@ class FGVCAircraftDataModule(ClassificationBenchmark):
     Official split: 3334 train, 3333 val, 3333 test; 33 or 34 pictures of a variant in each. CoOp and the paper use it
     as it is, with variants.
 
-    From https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/ (2.75 GB, ``rft prepare`` fetches it). Licence: for
-    non-commercial research only; the photographers are named in the banners. Citation: Maji, Rahtu, Kannala, Blaschko
-    and Vedaldi, Fine-grained visual classification of aircraft, arXiv 1306.5151, 2013.
+    From https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/ (2.75 GB, ``rft prepare --download true`` fetches it).
+    Licence: for non-commercial research only; the photographers are named in the banners. Citation: Maji, Rahtu,
+    Kannala, Blaschko and Vedaldi, Fine-grained visual classification of aircraft, arXiv 1306.5151, 2013.
 
     Args:
         level: what a class is: ``variant`` (737-700), ``family`` (Boeing 737) or ``manufacturer`` (Boeing).

@@ -56,8 +56,8 @@ class LISAGroundingDataModule(LabelledDataModule):
             first is the answer). ``first_shape``: around the first polygon whatever its label, as the published code
             of Visual-RFT does in training and evaluation.
         task: the task; GroundingTask by default.
-        **kwargs: see :class:`LabelledDataModule`. There are no classes: `shots` and `val_shots` count rows and pictures
-            of the whole set.
+        **kwargs: see :class:`LabelledDataModule`. There are no classes: `shots` and `val_shots` count pictures of the
+            whole set; several wordings of one picture are one shot.
 
     Raises:
         ConfigConflictError: an argument is out of its range, or `classes` is given.
@@ -222,15 +222,13 @@ def read_scene(file: Path) -> Scene:
         text = raw.decode("cp1252", errors="replace")
     try:
         content = json.loads(text)
-        texts = tuple(str(entry) for entry in content["text"])
+        texts = _texts(content["text"])
         shapes = tuple(Shape(_kind(entry["label"]), _points(entry["points"])) for entry in content["shapes"])
-        if not texts:
-            raise ValueError("no text")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise AnnotationError(
-            f"{file} is no usable ReasonSeg file ({problem}). Expected JSON with `text` (a list of instructions) and "
-            f"`shapes` (label, points [[x, y], ...]). Unpack it again or correct it; {_SOURCE}."
+            f"{file} is no usable ReasonSeg file ({problem}). Expected JSON with `text` (a list of instructions, none "
+            f"empty) and `shapes` (label, points [[x, y], ...]). Unpack it again or correct it; {_SOURCE}."
         ) from error
     pictures = [file.with_suffix(suffix) for suffix in _SUFFIXES]
     return Scene(next((path for path in pictures if path.is_file()), pictures[0]), texts, shapes)
@@ -240,6 +238,13 @@ def _kind(label: str) -> str:
     """LISA's reading: ``flag`` is itself, whatever contains ``ignore`` is ignored, all else is the target."""
     label = label.lower()
     return FLAG if label == FLAG else IGNORED if IGNORED in label else TARGET
+
+
+def _texts(found: Any) -> tuple[str, ...]:
+    # A bare string would pass as a list of letters.
+    if not isinstance(found, list) or not found or not all(isinstance(text, str) and text.strip() for text in found):
+        raise ValueError(f"text is {found!r}")
+    return tuple(found)
 
 
 def _points(points: Sequence[Sequence[float]]) -> tuple[tuple[float, float], ...]:

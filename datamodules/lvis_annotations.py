@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from rft_lightning.datamodules import annotation_cache
-from rft_lightning.datamodules.coco_annotations import CategoryObjects, Picture
+from rft_lightning.datamodules.coco_annotations import CategoryObjects, Picture, check_unique, not_listed
 from rft_lightning.datamodules.detection import DetectionAnnotations, ImageId, Pair
 from rft_lightning.errors import AnnotationError
 
 SOURCE = "lvis_v1_{train,val}.json.zip from https://www.lvisdataset.org/dataset, pictures from https://cocodataset.org"
 
-# Number of the form of the arrays.
-_CACHE_VERSION = 1
+# Number of the form of the arrays; raised for new checks as well, a cache is not checked again.
+_CACHE_VERSION = 2
 
 Arrays = Mapping[str, np.ndarray]
 # Which categories are asked for: (category id -> name, category id -> frequency) -> category id -> name.
@@ -39,10 +39,11 @@ def read_lvis(
     Raises:
         AnnotationError: the file cannot be used.
     """
+    before = annotation_cache.state(file)
     arrays = annotation_cache.load(file, _CACHE_VERSION)
     if arrays is None:
         arrays = _parse(file, split)
-        annotation_cache.store(file, _CACHE_VERSION, arrays)
+        annotation_cache.store(file, _CACHE_VERSION, arrays, before)
     names = _pairs_of(arrays, "category_ids", "category_names")
     frequency = _pairs_of(arrays, "category_ids", "category_frequencies")
     categories = select(names, frequency)
@@ -90,7 +91,11 @@ def _objects(
 def _parse(file: Path, split: str) -> Arrays:
     try:
         content = json.loads(file.read_bytes())
-        return _arrays(content, split)
+        arrays = _arrays(content, split)
+        _check_ids(file, content, arrays)
+        return arrays
+    except AnnotationError:
+        raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise AnnotationError(
@@ -120,6 +125,19 @@ def _arrays(content: Mapping[str, Any], split: str) -> Arrays:
         "boxes": boxes,
         "areas": np.array([note.get("area", note["bbox"][2] * note["bbox"][3]) for note in notes], dtype=np.float64),
     }
+
+
+def _check_ids(file: Path, content: Mapping[str, Any], arrays: Arrays) -> None:
+    """See that no id occurs twice, and that annotations are of images and categories that the file lists."""
+    notes = content["annotations"]
+    for what, entries in (("image", content["images"]), ("category", content["categories"]), ("annotation", notes)):
+        check_unique(f"{what} id", (entry["id"] for entry in entries if "id" in entry), file)
+    for column, kind in enumerate(("image", "category")):
+        values = arrays["pairs"][:, column]
+        unknown = np.flatnonzero(~np.isin(values, arrays[f"{kind}_ids"]))
+        if len(unknown):
+            note = notes[unknown[0]].get("id", f"at position {unknown[0]}")
+            raise AnnotationError(not_listed(f"Annotation {note} in {file}", kind, int(values[unknown[0]])))
 
 
 def _picture_path(entry: Mapping[str, Any], split: str) -> str:

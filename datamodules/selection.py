@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rft_lightning.errors import ConfigConflictError
@@ -34,7 +34,7 @@ def select_classes(
     if unknown:
         known = list(names.values())
         listed = ", ".join(map(repr, known[:80])) + (f" and {len(known) - 80} more" if len(known) > 80 else "")
-        matches = "; ".join(_with_close_matches(name, [*known, *sets]) for name in unknown)
+        matches = "; ".join(with_close_matches(name, [*known, *sets]) for name in unknown)
         raise ConfigConflictError(
             f"Unknown class in data.classes: {matches}. {source} has {len(known)} classes: {listed}."
             + (f" Sets of classes: {', '.join(sets)}." if sets else "")
@@ -42,10 +42,11 @@ def select_classes(
     return {category: name for category, name in names.items() if name in set(wanted)}
 
 
-def _with_close_matches(name: str, names: Sequence[str]) -> str:
+def with_close_matches(name: str, names: Iterable[str]) -> str:
+    """A name in quotes, with the most similar of `names`."""
     lowered = {known.lower(): known for known in names}
     close = [repr(lowered[match]) for match in difflib.get_close_matches(name.lower(), lowered)]
     return f"{name!r} (did you mean {', '.join(close)}?)" if close else repr(name)
 
 
-__all__ = ["select_classes"]
+__all__ = ["select_classes", "with_close_matches"]

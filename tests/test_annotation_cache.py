@@ -66,6 +66,21 @@ def test_a_changed_file_is_parsed_again(file, parsed):
     assert len(parsed) == 3
 
 
+def test_a_file_that_is_replaced_while_it_is_parsed_is_not_kept(file, monkeypatch):
+    parse = coco_annotations._parse
+
+    def replaced(source):
+        found = parse(source)
+        edit(source, lambda content: content["annotations"].pop())
+        return found
+
+    monkeypatch.setattr(coco_annotations, "_parse", replaced)
+    assert read(file).annotation_count == 16
+    assert not cached(file).exists()
+    monkeypatch.setattr(coco_annotations, "_parse", parse)
+    assert read(file).annotation_count == 15
+
+
 def test_another_form_of_the_arrays_is_not_used(file, parsed, monkeypatch):
     read(file)
     monkeypatch.setattr(coco_annotations, "_CACHE_VERSION", -1)

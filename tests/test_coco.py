@@ -591,6 +591,17 @@ def test_two_categories_of_one_name_are_an_error(root):
         data(root).split("train")
 
 
+@pytest.mark.parametrize("kind", ["image", "category", "annotation"])
+def test_an_id_that_occurs_twice_is_named(root, kind):
+    file = root / "annotations/instances_train2017.json"
+    entries = {"image": "images", "category": "categories", "annotation": "annotations"}[kind]
+    edit(file, lambda d: d[entries].append({**d[entries][0], "name": "rat", "file_name": "another.jpg"}))
+    number = json.loads(file.read_text())[entries][0]["id"]
+    with pytest.raises(AnnotationError) as caught:
+        data(root).split("train")
+    assert message(caught) == f"{file} has the {kind} id {number} twice; expected it once. Rename or remove one."
+
+
 def _note(content: dict, number: int) -> dict:
     return next(note for note in content["annotations"] if note["id"] == number)
 

@@ -97,6 +97,9 @@ def test_words_of_the_question(tmp_path):
         ("path,label\n/data/a.jpg,x\n", "line 2: path='/data/a.jpg'"),
         ("path,label,split\na.jpg,x,dev\n", "split='dev'.*a split that is train, val or test"),
         ("path,label\na.jpg,x\n./a.jpg,y\n", r"1 pictures are listed more than once .* a\.jpg \(as 'x', 'y'\)"),
+        ("path,label\np/a.jpg,x\np/../p/a.jpg,y\n", r"listed more than once .* p/a\.jpg \(as 'x', 'y'\)"),
+        ("path,label\n../a.jpg,x\n", r"line 2: path='\.\./a\.jpg'.* the root and below it"),
+        ("path,label\np/../../a.jpg,x\n", "line 2: path='p/../../a.jpg'.* the root and below it"),
     ],
 )
 def test_unusable_csv_files(tmp_path, text, expected):

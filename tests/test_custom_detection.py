@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from rft_lightning.datamodules import CustomDetectionDataModule
 from rft_lightning.datamodules.detection_formats import BOX_FORMATS, to_xyxy
@@ -286,6 +287,17 @@ def test_what_is_wrong_in_yolo_files_is_said_with_its_line(tmp_path, line, expec
     file.write_text(f"0 0.5 0.5 0.1 0.1\n{line}\n")
     with pytest.raises(AnnotationError, match=rf"001\.txt:2.*{expected}"):
         data(tmp_path).split("train")
+
+
+def test_two_yolo_pictures_of_one_name_are_an_error(tmp_path):
+    folder = write_yolo(tmp_path, [None]) / "images"
+    Image.new("RGB", (8, 8)).save(folder / "001.png")
+    with pytest.raises(AnnotationError) as caught:
+        data(tmp_path).split("train")
+    expected = (
+        f"{folder} has the picture (name without its suffix) '001' twice; expected it once. Rename or remove one."
+    )
+    assert str(caught.value) == expected
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,14 @@ def test_damaged_files_are_named(root, damage):
         data(root).split("val")
 
 
+@pytest.mark.parametrize("text", ["hello", "", None, [], [""], ["what?", "  "], [["what?"]]])
+def test_instructions_are_a_list_of_texts(root, text):
+    file = root / "val/val_zoo.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "text": text}))
+    with pytest.raises(AnnotationError, match=r"val_zoo\.json is no usable ReasonSeg file \(text is .*correct it"):
+        data(root).split("val")
+
+
 def test_a_resized_picture_is_noticed_where_its_box_lies_outside(root):
     Image.new("RGB", (16, 16)).save(root / "val/val_zoo.jpg")
     with pytest.raises(AnnotationError, match="lies outside its picture of 16x16"):

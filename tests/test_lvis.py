@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rft_lightning.datamodules import LVISDetectionDataModule, annotation_cache
+from rft_lightning.datamodules import LVISDetectionDataModule, annotation_cache, lvis_annotations
 from rft_lightning.datamodules.lvis import CLASS_SETS, FEW_SHOT_6, RARE_13
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError, EmptyClassError
 from rft_lightning.frames import CoordinateFrame
@@ -194,6 +194,52 @@ def test_damaged_files_are_named(root, damage):
     file.write_text(text[:-100] if damage == "cut" else text)
     with pytest.raises(AnnotationError, match=r"lvis_v1_train.json is no usable LVIS file"):
         data(root).split("train")
+
+
+@pytest.mark.parametrize("kind", ["image", "category", "annotation"])
+def test_an_id_that_occurs_twice_is_named(root, kind):
+    file = root / "lvis/annotations/lvis_v1_train.json"
+    content = json.loads(file.read_text())
+    entries = content[{"image": "images", "category": "categories", "annotation": "annotations"}[kind]]
+    entries.append({**entries[0], "name": "rat"})
+    file.write_text(json.dumps(content))
+    with pytest.raises(AnnotationError) as caught:
+        data(root).split("train")
+    expected = f"{file} has the {kind} id {entries[0]['id']} twice; expected it once. Rename or remove one."
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("kind", ["image", "category"])
+def test_annotations_of_what_is_not_listed_are_named(root, kind):
+    file = root / "lvis/annotations/lvis_v1_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][2][f"{kind}_id"] = 777
+    file.write_text(json.dumps(content))
+    with pytest.raises(AnnotationError) as caught:
+        data(root).split("train")
+    assert str(caught.value) == (
+        f"Annotation 3 in {file} belongs to {kind} 777, which the file does not list. Add the {kind} or remove the "
+        "annotation."
+    )
+
+
+def test_a_file_that_is_replaced_while_it_is_parsed_is_not_kept(root, monkeypatch):
+    monkeypatch.setattr(annotation_cache, "SMALLEST_SOURCE", 0)
+    file = root / "lvis/annotations/lvis_v1_train.json"
+    parse = lvis_annotations._parse
+
+    def replaced(source, split):
+        arrays = parse(source, split)
+        content = json.loads(source.read_text())
+        content["annotations"][0]["bbox"] = [1, 2, 3, 4]
+        source.write_text(json.dumps(content))
+        return arrays
+
+    monkeypatch.setattr(lvis_annotations, "_parse", replaced)
+    data(root).split("train")
+    monkeypatch.setattr(lvis_annotations, "_parse", parse)
+    assert find(data(root).split("train"), 101, "die").target.boxes[0].tolist() == [1, 2, 4, 6]
+    assert file.with_name(f".{file.name}.rft.npz").is_file()
 
 
 def test_a_large_file_is_parsed_once(root, monkeypatch):
