@@ -106,6 +106,8 @@ class RFTDataModule(LightningDataModule, ABC):
     def download(self) -> None:
         """Fetch and unpack what the data set's publisher offers, as far as it is not there.
 
+        What was unpacked once is not fetched again, see :func:`rft_lightning.datamodules.download.fetch_all`.
+
         Raises:
             DatasetNotFoundError: nothing is offered.
             DownloadError: it cannot be had, or not unpacked.

@@ -52,13 +52,28 @@ class Download:
 def fetch_all(downloads: Iterable[Download], root: str | Path) -> None:
     """Fetch and unpack what is not there yet.
 
+    An archive that was unpacked leaves ``.{file}.unpacked`` in the root, with its checksum (or url, where it has none),
+    and is not needed any more: while that matches, it is neither fetched nor read again. To fetch it anew, remove
+    ``.{file}.unpacked``.
+
     Raises:
         DownloadError: see :func:`fetch` and :func:`unpack`.
     """
     for download in downloads:
-        file = fetch(download, root)
-        if download.folder is not None:
-            unpack(file, Path(root) / download.folder)
+        if download.folder is None:
+            fetch(download, root)
+        else:
+            _unpack_once(download, Path(root), download.folder)
+
+
+def _unpack_once(download: Download, root: Path, folder: str) -> None:
+    archive = root / download.file
+    marker, content = archive.with_name(f".{archive.name}.unpacked"), download.md5 or download.url
+    if marker.is_file() and marker.read_text(encoding="utf-8") == content:
+        print(f"{archive} was unpacked before. To fetch it anew, remove {marker}", file=sys.stderr)
+        return
+    unpack(fetch(download, root), root / folder)
+    marker.write_text(content, encoding="utf-8")
 
 
 def fetch(download: Download, root: str | Path) -> Path:

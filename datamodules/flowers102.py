@@ -50,9 +50,9 @@ class Flowers102DataModule(ClassificationBenchmark):
     official sets; the draw was not seeded, so that only CoOp's file reproduces it. It is on Google Drive and has to be
     fetched by hand, see https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md.
 
-    From https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (``rft prepare`` fetches it). Licence: none is stated; the
-    pictures were collected from the web. Citation: Nilsback and Zisserman, Automated flower classification over a large
-    number of classes, ICVGIP 2008.
+    From https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (``rft prepare --download true`` fetches it). Licence: none
+    is stated; the pictures were collected from the web. Citation: Nilsback and Zisserman, Automated flower
+    classification over a large number of classes, ICVGIP 2008.
 
     The paper's evaluation spells two names otherwise: colts foot (colt's foot) and pink-yellow dahlia (pink-yellow
     dahlia?).

@@ -12,7 +12,15 @@ from typing import Any, Literal
 from PIL import Image
 
 from rft_lightning.datamodules.hub_answers import Kind, Reading, plain_question, read_row, tagged
-from rft_lightning.datamodules.hub_sources import Source, digest, open_source
+from rft_lightning.datamodules.hub_sources import (
+    Identity,
+    Source,
+    digest,
+    open_source,
+    place_identity,
+    split_off,
+    tell_apart,
+)
 from rft_lightning.datamodules.labelled import LabelledDataModule
 from rft_lightning.datamodules.rows import Row
 from rft_lightning.datamodules.selection import select_classes
@@ -46,6 +54,8 @@ class HubDataModule(LabelledDataModule):
       supervised set);
 
     with ``@SPLIT`` behind it where it has several splits ("train" otherwise), and several of them joined by ":".
+    Row ids begin with the name of the file or folder, and picture ids are the paths in the rows; where two have the
+    same, the folders above are added.
 
     Detection rows ask for a category and are answered by ``[{'Position': [x1, y1, x2, y2], 'Confidence': 1}, ...]`` or
     ``No Objects``, grounding rows follow an instruction with one box, everything else names a class; solutions stand in
@@ -69,7 +79,7 @@ class HubDataModule(LabelledDataModule):
     Raises:
         ConfigConflictError: (in `samples`) the questions state another range than the policy's frame.
         DatasetNotFoundError: (in `samples`) there is nothing at a place, or the Hub cannot be reached.
-        AnnotationError: (in `samples`) a column is missing, or a solution cannot be read.
+        AnnotationError: (in `samples`) a column is missing, a solution cannot be read, or a place is named twice.
     """
 
     def __init__(
@@ -92,6 +102,7 @@ class HubDataModule(LabelledDataModule):
         # Unlike other sets this one has the splits it is given.
         self.has_val = val_root is not None
         self._entries: dict[str, dict[str, Entry]] = {}
+        self._pictures: dict[Identity, str] = {}  # of the training rows
 
     @property
     def class_names(self) -> list[str]:
@@ -122,21 +133,37 @@ class HubDataModule(LabelledDataModule):
         """The rows of a split by their ids, read once."""
         place = self._place(split)
         if place not in self._entries:
-            entries = (self._entry(source, index) for source in self._sources(place) for index in range(len(source)))
-            self._entries[place] = {entry.row.id: entry for entry in entries}
+            if place != self.place:
+                self._read("train")  # its pictures have the first choice of names
+            self._entries[place] = self._read_place(place)
         return self._entries[place]
 
-    def _entry(self, source: Source, index: int) -> Entry:
+    def _read_place(self, place: str) -> dict[str, Entry]:
+        found = [(source, i, source.identity(i)) for source in self._sources(place) for i in range(len(source))]
+        pictures = tell_apart(
+            (identity for _, _, identity in found), [(name, path) for (_, path), name in self._pictures.items()]
+        )
+        if place == self.place:
+            self._pictures = pictures
+        entries: dict[str, Entry] = {}
+        for source, index, identity in found:
+            entry = self._entry(source, index, pictures[identity])
+            if entry.row.id in entries:
+                raise AnnotationError(f"{place} has the row {entry.row.id} twice: name each file or folder once.")
+            entries[entry.row.id] = entry
+        return entries
+
+    def _entry(self, source: Source, index: int, picture: str) -> Entry:
         reading = self._reading(source, index)
         content = digest(source.problems[index].encode(), source.solutions[index].encode())
         objects = 1 if reading.kind == "classification" else len(reading.boxes)
-        row = Row(f"hub/{source.name}/{index}-{content}", source.picture_id(index), reading.label, objects)
+        row = Row(f"hub/{source.name}/{index}-{content}", picture, reading.label, objects)
         return Entry(source, index, reading, row)
 
     def _place(self, split: str) -> str:
         place = {"train": self.place, "val": self.val_root, "test": self.test_root}[split]
         if place is not None:
-            return self.place.partition("@")[0] + place if place.startswith("@") else place
+            return ":".join(split_off(p)[0] + place for p in self.place.split(":")) if place[:1] == "@" else place
         warnings.warn(
             f"data.test_root is null: {self.place} has no rows of its own for evaluation, so the training rows are "
             "used. Their scores say nothing about unseen pictures.",
@@ -152,8 +179,22 @@ class HubDataModule(LabelledDataModule):
                 f"data.image_folders names {len(folders)} folders for the {len(places)} places of {place}; expected "
                 "one for each, joined by ':'."
             )
-        pairs = zip(places, folders, strict=True)
-        return [open_source(p, folder=Path(f).expanduser() if f else None, columns=self.columns) for p, f in pairs]
+        names = self._names()
+        return [
+            open_source(p, name=names[p], folder=Path(f).expanduser() if f else None, columns=self.columns)
+            for p, f in zip(places, folders, strict=True)
+        ]
+
+    def _names(self) -> dict[str, str]:
+        """What each place is called; those of `root` have the first choice, so that their rows keep their ids."""
+        names: dict[str, str] = {}
+        for split in ("train", "val", "test"):
+            if (split, None) in (("val", self.val_root), ("test", self.test_root)):
+                continue
+            places = {place: place_identity(place) for place in self._place(split).split(":")}
+            told = tell_apart(places.values(), [(name, place_identity(place)[1]) for place, name in names.items()])
+            names |= {place: told[identity] for place, identity in places.items()}
+        return names
 
     def _reading(self, source: Source, index: int) -> Reading:
         problem, solution = source.problems[index], source.solutions[index]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -22,6 +24,7 @@ COLUMNS = {
 _IMG = re.compile(r"<img>(.*?)</img>")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ENDS = 4096  # bytes of either end of a picture file that its id is made of
+Identity = tuple[str, Path | None]  # what something is called, and the absolute path of its file
 
 
 class Source(ABC):
@@ -38,8 +41,8 @@ class Source(ABC):
         """The encoded picture of a row, or where it lies."""
 
     @abstractmethod
-    def picture_id(self, index: int) -> str:
-        """What a picture is known by: the same in all rows and on all machines."""
+    def identity(self, index: int) -> Identity:
+        """What a picture is known by, the same in all rows and on all machines, and where it lies, if in a file."""
 
 
 class FileSource(Source):
@@ -47,20 +50,21 @@ class FileSource(Source):
 
     Args:
         file: the file.
+        name: what it is called.
         folder: what its image paths are relative to; the file's own folder when None.
         columns: names of the columns where they differ from the usual ones.
     """
 
-    def __init__(self, file: Path, folder: Path | None, columns: Mapping[str, str]) -> None:
+    def __init__(self, file: Path, name: str, folder: Path | None, columns: Mapping[str, str]) -> None:
         entries = [_fields(entry, columns, f"{file}, row {row}") for row, entry in enumerate(_entries(file))]
-        super().__init__(file.stem, [entry.problem for entry in entries], [entry.solution for entry in entries])
+        super().__init__(name, [entry.problem for entry in entries], [entry.solution for entry in entries])
         self.folder, self.images = folder or file.parent, [entry.image for entry in entries]
 
     def picture(self, index: int) -> Path:
         return self.folder / self.images[index]
 
-    def picture_id(self, index: int) -> str:
-        return _path_id(self.images[index])
+    def identity(self, index: int) -> Identity:
+        return _path_id(self.images[index]), _absolute(self.picture(index))
 
 
 class ArrowSource(Source):
@@ -95,7 +99,7 @@ class ArrowSource(Source):
             value = value["bytes"] if value["bytes"] is not None else value["path"]
         return value
 
-    def picture_id(self, index: int) -> str:
+    def identity(self, index: int) -> Identity:
         cell = self._cell(index)
         # Without a copy of the picture: a set has gigabytes of them.
         if hasattr(cell, "keys") and cell["bytes"].is_valid:
@@ -103,9 +107,9 @@ class ArrowSource(Source):
         else:
             value = self._value(index)
             if isinstance(value, str):
-                return _path_id(value)
+                return _path_id(value), _absolute((self.folder or Path()) / value)
             content = memoryview(value)
-        return digest(content[:_ENDS], content[-_ENDS:], str(len(content)).encode())
+        return digest(content[:_ENDS], content[-_ENDS:], str(len(content)).encode()), None
 
     def _cell(self, index: int) -> Any:
         return self.images[index : index + 1].column(0)[0]
@@ -118,21 +122,70 @@ class _Entry:
     solution: str
 
 
-def open_source(text: str, *, folder: Path | None = None, columns: Mapping[str, str] | None = None) -> Source:
+def open_source(
+    text: str, *, name: str | None = None, folder: Path | None = None, columns: Mapping[str, str] | None = None
+) -> Source:
     """Open ``PLACE`` or ``PLACE@SPLIT``: a file, a folder or an id on the Hugging Face Hub.
+
+    Args:
+        text: the place.
+        name: what its rows are called; None: as :func:`place_identity` says.
+        folder: what image paths are relative to.
+        columns: names of the columns where they differ from the usual ones.
 
     Raises:
         DatasetNotFoundError: it is not there, or has no such split; the Hub cannot be reached.
         AnnotationError: a file is no JSON, or a column is missing.
     """
-    place, _, split = text.partition("@")
-    path = Path(place).expanduser()
+    place, split = split_off(text)
+    path, name = Path(place).expanduser(), name or place_identity(text)[0]
     if path.is_file() and path.suffix in (".json", ".jsonl"):
         if split:
             raise ConfigConflictError(f"{path} is one split; expected its name without @{split}.")
-        return FileSource(path, folder, columns or {})
+        return FileSource(path, name, folder, columns or {})
     data = _local(path) if path.exists() else _from_hub(place)
-    return ArrowSource(_split(data, split, place), path.stem, folder, columns or {})
+    return ArrowSource(_split(data, split, place), name, folder, columns or {})
+
+
+def split_off(text: str) -> tuple[str, str]:
+    """The place and the split of ``PLACE@SPLIT``; "" where no split is stated. Folders may have "@" in their names."""
+    place, _, split = text.rpartition("@")
+    if not place or "/" in split or Path(text).expanduser().exists():
+        return text, ""
+    return place, split
+
+
+def place_identity(text: str) -> Identity:
+    """What ``PLACE`` or ``PLACE@SPLIT`` is called, and what tells it from places of the same name."""
+    place, split = split_off(text)
+    path = _absolute(Path(place).expanduser())
+    suffix = "" if split in ("", "train") else f"@{split}"
+    return path.stem + suffix, path.parent / (path.name + suffix)
+
+
+def tell_apart(named: Iterable[Identity], taken: Iterable[tuple[str, Path | None]] = ()) -> dict[Identity, str]:
+    """Names of files: the given ones, or longer ends of the paths where two files have the same.
+
+    Args:
+        named: the files.
+        taken: names that other files have already.
+    """
+    names = {identity: identity[0] for identity in named}
+    taken = list(taken)
+    while clashes := _clashes(names, taken):
+        for identity in clashes:
+            path = identity[1]
+            assert path is not None
+            names[identity] = "/".join(path.parts[-names[identity].count("/") - 2 :])
+    return names
+
+
+def _clashes(names: Mapping[Identity, str], taken: Iterable[Identity]) -> list[Identity]:
+    paths: defaultdict[str, set[Path]] = defaultdict(set)
+    for name, path in [*taken, *((name, identity[1]) for identity, name in names.items())]:
+        if path is not None:
+            paths[name].add(path)
+    return [identity for identity, name in names.items() if len(paths[name]) > 1]
 
 
 def digest(*parts: bytes | memoryview) -> str:
@@ -153,6 +206,11 @@ def _texts(values: list[Any], key: str, name: str) -> list[str]:
 def _path_id(path: str) -> str:
     """A path as the file states it; of an absolute one the end, which is the same on other machines."""
     return "/".join(Path(path).parts[-2:]) if Path(path).is_absolute() else path
+
+
+def _absolute(path: Path) -> Path:
+    """Links stay: what is behind them has other names on other machines."""
+    return Path(os.path.abspath(path))
 
 
 def _local(path: Path) -> Any:
@@ -251,4 +309,15 @@ def _single(image: Any, where: str) -> Any:
     return image[0]
 
 
-__all__ = ["COLUMNS", "ArrowSource", "FileSource", "Source", "digest", "open_source"]
+__all__ = [
+    "COLUMNS",
+    "ArrowSource",
+    "FileSource",
+    "Identity",
+    "Source",
+    "digest",
+    "open_source",
+    "place_identity",
+    "split_off",
+    "tell_apart",
+]

@@ -85,6 +85,12 @@ class MixtureDataModule(RFTDataModule):
         for member in self.members:
             member.data.prepare_data()
 
+    def setup(self, stage: str) -> None:
+        """See the base class. The members' own also lets go of what their samples do not need."""
+        for part in self.parts().values():
+            part.setup(stage)
+        super().setup(stage)
+
     def samples(self, split: str) -> Sequence[Sample]:
         """See the base class."""
         return MixedSamples([part.split(split) for part in self.parts().values()])

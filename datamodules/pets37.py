@@ -32,8 +32,8 @@ class Pets37DataModule(ClassificationBenchmark):
 
     A few pictures are PNG or GIF files named .jpg; all are read as RGB.
 
-    From https://www.robots.ox.ac.uk/~vgg/data/pets/ (``rft prepare`` fetches it). Licence: CC BY-SA 4.0; the pictures
-    remain their owners'. Citation: Parkhi, Vedaldi, Zisserman and Jawahar, Cats and dogs, CVPR 2012.
+    From https://www.robots.ox.ac.uk/~vgg/data/pets/ (``rft prepare --download true`` fetches it). Licence: CC BY-SA
+    4.0; the pictures remain their owners'. Citation: Parkhi, Vedaldi, Zisserman and Jawahar, Cats and dogs, CVPR 2012.
 
     Names are those of the files, where cats have capitals (British_Shorthair); the paper's evaluation writes all in
     lower case.

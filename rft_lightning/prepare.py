@@ -50,10 +50,12 @@ def prepare(
         for split in part.splits:
             check_pictures(part.split(split), split)
     print_summary(data.summary())
-    for part, file in _manifests(data, manifest, default_manifest):
+    for name, part, file in _manifests(data, manifest, default_manifest):
         with _writing(file, "--manifest"):
             part.write_manifest(file)
-        print(f"The rows of this draw are in {file}; --data.manifest {file} uses them again.")
+        # The command line reaches no entry of a list.
+        again = f"`manifest: {file}` in the init_args of member {name}" if name else f"--data.manifest {file}"
+        print(f"The rows of this draw are in {file}; {again} uses them again.")
     if preview is not None:
         sheet = contact_sheet(preview_rows(data, preview_samples), data.encoder)
         with _writing(preview, "--preview"):
@@ -210,8 +212,8 @@ def _distinct(samples: Sequence[Sample]) -> Iterator[int]:
     yield from first.values()
 
 
-def _manifests(data: Any, wanted: Path | None, default: Path | None) -> Iterator[tuple[Any, Path]]:
-    """The parts of the data that have a manifest, and the file for each."""
+def _manifests(data: Any, wanted: Path | None, default: Path | None) -> Iterator[tuple[str, Any, Path]]:
+    """The parts of the data that have a manifest, with their names, and the file for each."""
     parts = {name: part for name, part in data.parts().items() if hasattr(part, "write_manifest")}
     file = wanted or default
     if wanted is not None and not parts:
@@ -220,7 +222,7 @@ def _manifests(data: Any, wanted: Path | None, default: Path | None) -> Iterator
         )
     for name, part in parts.items():
         if file is not None:
-            yield part, file.with_stem(f"{file.stem}.{name}") if name else file
+            yield name, part, file.with_stem(f"{file.stem}.{name}") if name else file
 
 
 def _default_manifest(configs: Sequence[Any] | None) -> Path:

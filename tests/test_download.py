@@ -177,10 +177,36 @@ def test_fetch_and_unpack_into_the_root(server, tmp_path):
     (root / "images").mkdir(parents=True)
     (root / "images" / "1.jpg").write_bytes(b"mine")
     fetch_all([Download(server.url, "a.zip", None, ".")], root)
-    assert leftovers(root) == ["1.jpg", "2.jpg", "a.zip", "images"]
+    assert leftovers(root) == [".a.zip.unpacked", "1.jpg", "2.jpg", "a.zip", "images"]
     assert (root / "images" / "1.jpg").read_bytes() == b"mine"
     fetch_all([Download(server.url, "a.zip", None, ".")], root)
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("with_checksum", [True, False])
+def test_what_was_unpacked_is_not_fetched_again(with_checksum, server, tmp_path, capsys):
+    server.content = zipped(tmp_path / "a.zip", {"images/1.jpg": b"1"}).read_bytes()
+    md5 = hashlib.md5(server.content).hexdigest() if with_checksum else None
+    offers, root = [Download(server.url, "a.zip", md5, ".")], tmp_path / "root"
+    fetch_all(offers, root)
+    marker = root / ".a.zip.unpacked"
+    assert marker.read_text() == (md5 or server.url)
+    (root / "a.zip").unlink()
+    fetch_all(offers, root)
+    assert len(server.asked) == 1
+    assert f"remove {marker}" in capsys.readouterr().err
+    marker.write_text("of another version")
+    fetch_all(offers, root)
+    (root / "a.zip").unlink()
+    marker.unlink()
+    fetch_all(offers, root)
+    assert len(server.asked) == 3
+
+
+def test_what_was_not_unpacked_leaves_no_marker(server, tmp_path):
+    with pytest.raises(DownloadError):
+        fetch_all([Download(server.url, "a.zip", None, ".")], tmp_path)
+    assert leftovers(tmp_path) == ["a.zip"]
 
 
 @pytest.mark.parametrize("ending", [".tar.gz", ".tgz"])

@@ -42,15 +42,17 @@ def picture(number: int) -> Image.Image:
 
 
 def detection_rows(pictures: range) -> dict[str, list]:
-    """Two questions about each picture, the first row of a category now and then without objects."""
+    """Two questions about each picture, one of them without objects and one with a single one."""
     rows: dict[str, list] = {"image": [], "problem": [], "solution": []}
     for number in pictures:
         for shift in (0, 1):
             category = CATEGORIES[(number + shift) % 3]
-            answer = boxes() if (number, shift) == (4, 1) else boxes([100, 200, 300, 400 + number], [0, 0, 1000, 1000])
+            found = [[100, 200, 300, 400 + number], [0, 0, 1000, 1000]][
+                : {(4, 1): 0, (3, 0): 1}.get((number, shift), 2)
+            ]
             rows["image"].append(picture(number))
             rows["problem"].append(f" {ask(category)} ")
-            rows["solution"].append(answer)
+            rows["solution"].append(boxes(*found))
     return rows
 
 
@@ -210,6 +212,59 @@ def test_conversations_with_folders(tmp_path):
     gone = HubDataModule(root=one)
     with pytest.raises(DatasetNotFoundError, match=r"one, row 0: the picture .*image_folders"):
         gone.split("train")
+
+
+def test_places_of_the_same_name_are_told_apart(tmp_path):
+    row = {"image": "images/1.png", "problem": "Which?", "solution": "rose"}
+    places = []
+    for number, name in enumerate(("a", "b", "c")):
+        (tmp_path / name / "images").mkdir(parents=True)
+        picture(number).save(tmp_path / name / "images" / "1.png")
+        places.append(jsonl(tmp_path / name / "train.jsonl", row))
+    a, b, c = places
+    data = HubDataModule(root=f"{a}:{b}", test_root=str(c))
+    train, test = data.split("train"), data.split("test")
+    assert [s.id.rpartition("/")[0] for s in (*train, *test)] == ["hub/a/train.jsonl", "hub/b/train.jsonl", "hub/train"]
+    assert [s.image_id for s in (*train, *test)] == ["a/images/1.png", "b/images/1.png", "images/1.png"]
+    assert [s.load_image().getpixel((0, 0)) for s in train] == [
+        picture(n).convert("RGB").getpixel((0, 0)) for n in (0, 1)
+    ]
+    alone = HubDataModule(root=a, test_root=str(b))
+    test, train = alone.split("test"), alone.split("train")
+    assert [s.id.rpartition("/")[0] for s in (*train, *test)] == ["hub/train", "hub/b/train.jsonl"]
+    assert [s.image_id for s in (*train, *test)] == ["images/1.png", "b/images/1.png"]
+    with pytest.raises(AnnotationError, match=r"has the row hub/train/0-\w+ twice"):
+        HubDataModule(root=f"{a}:{a}").split("train")
+
+
+def test_pictures_that_two_places_share_stay_one(tmp_path):
+    picture(1).save(tmp_path / "1.png")
+    row = {"image": "1.png", "problem": "Which?", "solution": "rose"}
+    one, two = (jsonl(tmp_path / f"{name}.jsonl", row) for name in ("one", "two"))
+    assert [s.image_id for s in HubDataModule(root=f"{one}:{two}").split("train")] == ["1.png", "1.png"]
+
+
+def test_splits_have_ids_of_their_own(tmp_path):
+    from datasets import DatasetDict
+
+    rows = dataset(detection_rows(range(2)))
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "rows"))
+    data = HubDataModule(root=tmp_path / "rows", test_root="@test")
+    assert data.split("test")[0].id.startswith("hub/rows@test/0-")
+    assert not {s.id for s in data.split("train")} & {s.id for s in data.split("test")}
+
+
+def test_folders_with_an_at_sign(saved, tmp_path):
+    home = tmp_path / "me@home"
+    home.mkdir()
+    picture(1).save(home / "1.png")
+    file = jsonl(home / "rows.jsonl", {"image": "1.png", "problem": "Which?", "solution": "rose"})
+    assert len(HubDataModule(root=file).split("train")) == 1
+    (home / "saved").symlink_to(saved)
+    data = HubDataModule(root=f"{home / 'saved'}@train", test_root="@test")
+    assert [len(data.split(split)) for split in ("train", "test")] == [18, 6]
+    with pytest.raises(DatasetNotFoundError, match=r"no file or folder at .*me@home/gone.jsonl"):
+        HubDataModule(root=home / "gone.jsonl").split("train")
 
 
 def test_columns_by_another_name(tmp_path):

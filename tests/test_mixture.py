@@ -1,5 +1,6 @@
 """MixtureDataModule: shares of a batch, shared settings, ids told apart."""
 
+import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rft_lightning.cli import main
-from rft_lightning.datamodules import Member, MixtureDataModule, ShapesDataModule
+from rft_lightning.datamodules import COCODetectionDataModule, Member, MixtureDataModule, ShapesDataModule
 from rft_lightning.datamodules.mixture import MixtureBatchSampler
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.tasks import ClassificationTask, DetectionTask
@@ -127,6 +128,26 @@ def test_the_loader_resumes_in_the_middle(tiny_policy):
 def test_a_member_keeps_its_own_seed():
     data = MixtureDataModule(members=[Member(shapes(seed=0)), Member(shapes())], seed=5)
     assert [member.data.seed for member in data.members] == [0, 5]
+
+
+def test_members_let_go_of_their_annotations(tmp_path, tiny_policy):
+    from PIL import Image
+
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val2017").mkdir()
+    Image.new("RGB", (60, 40)).save(tmp_path / "val2017" / "000000000001.jpg")
+    box = {"id": 1, "image_id": 1, "category_id": 17, "bbox": [1, 2, 20, 30], "area": 600, "iscrowd": 0}
+    picture = {"id": 1, "file_name": "000000000001.jpg", "width": 60, "height": 40}
+    content = {"images": [picture], "annotations": [box], "categories": [{"id": 17, "name": "cat"}]}
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    coco = COCODetectionDataModule(root=tmp_path, train_split="val2017")
+    data = MixtureDataModule(members=[Member(coco), Member(shapes())], processor=tiny_policy)
+    with pytest.warns(UserWarning, match="share pictures"):
+        data.setup("fit")
+    assert not coco._annotations
+    assert len(data.split("train")) == 7
+    assert data.split("train")[0].target.category == "cat"
+    assert not coco._annotations
 
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 3), ("max_pixels", 784), ("processor", "x")])

@@ -108,6 +108,31 @@ def test_shapes_and_mixtures(capsys):
         main(["prepare", "-c", str(CONFIGS / "quickstart.yaml"), "--manifest", "m.json"])
 
 
+@pytest.mark.filterwarnings("ignore:Fewer than")
+def test_a_members_manifest_is_given_back_as_printed(pictures, capsys):
+    config = yaml.safe_load(Path("mine.yaml").read_text())
+
+    def drawn() -> tuple[list[str], str]:
+        member = {
+            "class_path": "rft_lightning.datamodules.MixtureDataModule",
+            "init_args": {"members": [{"data": own}]},
+        }
+        Path("mix.yaml").write_text(yaml.safe_dump({**config, "data": member}))
+        main(["prepare", "-c", "mix.yaml"])
+        written = json.loads(Path("mix.manifest.0-HubDataModule.json").read_text())
+        return written["splits"]["train"]["ids"], capsys.readouterr().out.replace("\n", " ")
+
+    own = config["data"]
+    own["init_args"] |= {"shots": 1, "seed": 1}
+    rows, out = drawn()
+    file, name = re.search(r"`manifest: (\S+)` in the init_args of member (\S+) uses", out).groups()
+    assert (file, name) == ("mix.manifest.0-HubDataModule.json", "0-HubDataModule")
+    assert "--data.manifest" not in out
+    Path(file).rename("kept.json")
+    own["init_args"] |= {"manifest": "kept.json", "seed": 5}
+    assert drawn()[0] == rows
+
+
 def test_what_is_wrong_is_named(pictures):
     with pytest.raises(ConfigConflictError, match="There is no data block"):
         main(["prepare"])
