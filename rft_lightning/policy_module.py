@@ -18,11 +18,11 @@ from rft_lightning.errors import CheckpointError, ConfigConflictError, NonFinite
 from rft_lightning.policy.loading import load_policy, load_processor
 from rft_lightning.policy.rollout import ENGINES, sample_groups
 from rft_lightning.policy.sampling import Sampling
-from rft_lightning.policy.self_check import settle_layout
 from rft_lightning.policy.shared_prefix import FORWARDS
 from rft_lightning.prompts import PromptEncoder
 from rft_lightning.sample import Prediction, PromptBatch, Rollouts
 from rft_lightning.seeding import derived_seed, run_seed
+from rft_lightning.self_check import settle_layout
 from rft_lightning.sharding import full_state, local, set_gradient_sync, shard, unsharded
 from rft_lightning.trainer import check_trainer
 

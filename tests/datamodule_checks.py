@@ -151,6 +151,7 @@ class DataModuleChecks:
     def test_datamodule_and_samples_can_be_pickled(self, make):
         data = make(shots=self.shots)
         samples = data.split("train")
+        # Our own bytes, as a spawned worker gets them.
         copies = pickle.loads(pickle.dumps(samples)), pickle.loads(pickle.dumps(data)).split("train")
         for copy in copies:
             assert [sample.id for sample in copy] == [sample.id for sample in samples]
@@ -243,7 +244,7 @@ from rft_lightning.datamodules.labelled import LabelledDataModule
 out, sys.stdout = sys.stdout, sys.stderr
 for line in sys.stdin:
     with open(line.strip(), "rb") as file:
-        data = pickle.load(file)
+        data = pickle.load(file)  # written by this very test
     print(json.dumps(data.manifest_data()), file=out, flush=True)
 """
 

@@ -163,6 +163,8 @@ def test_rollout_reads_a_checkpoint(quick, tmp_path, capsys):
     (checkpoint,) = tmp_path.rglob("last.ckpt")
     main(["rollout", *quick, "--num_samples", "1", "--ckpt_path", str(checkpoint)])
     assert "advantage" in capsys.readouterr().out
+    with pytest.raises(ConfigConflictError, match="num_samples >= 1, found 0"):
+        main(["rollout", *quick, "--num_samples", "0"])
     with pytest.raises(CheckpointError, match=r"No checkpoint at .*gone.ckpt"):
         main(["rollout", *quick, "--num_samples", "1", "--ckpt_path", str(tmp_path / "gone.ckpt")])
 

@@ -180,6 +180,7 @@ def test_splits_are_sequences_that_workers_can_take(root):
     assert rows[-1].id == ids(rows)[-1]
     with pytest.raises(IndexError):
         rows[len(rows)]
+    # Our own bytes, as a spawned worker gets them.
     assert ids(pickle.loads(pickle.dumps(rows))) == ids(rows)
 
 

@@ -218,3 +218,11 @@ def test_positions_leave_padding_out(family, family_folder, encoder):
         alone = position_ids(model, part.input_ids, part.attention_mask, part.vision)
         assert torch.equal(positions[..., b, -part.input_ids.shape[1] :], alone[..., 0, :])
         assert alone.min() == 0
+
+
+def test_rows_that_make_no_batch_are_a_named_error(family_folder):
+    encoder = PromptEncoder(family_folder("qwen2_vl"))
+    with pytest.raises(
+        CheckpointError, match=r"gives tiles of different shapes \(\(2,\), \(3,\) per row\).*eval_batch_size"
+    ):
+        encoder._joined("tiles", [torch.zeros(1, 2), torch.zeros(1, 3)])

@@ -387,11 +387,26 @@ def test_ten_steps_are_the_same_on_every_forward(tiny_policy, make_trainer):
     assert runs["plain"][-1]["train/kl"] > 1e-4
 
 
-def test_hf_engine_runs_too(tiny_policy, make_trainer):
+def test_hf_engine_runs_too(tiny_policy, make_trainer, monkeypatch):
+    from rft_lightning.policy import rollout
+
+    calls, sample = [], rollout.hf_sample
+    monkeypatch.setattr(rollout, "hf_sample", lambda *arguments: calls.append(1) or sample(*arguments))
     record = Record()
     module = grpo(tiny_policy, rollout_engine="hf")
     make_trainer(2, callbacks=[record]).fit(module, datamodule=data(tiny_policy))
+    assert len(calls) == 2
     assert record.metrics[1]["train/kl"] > 0
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"rollout_prompts": 0}, {"eval_temperature": -1.0}, {"top_p": 0.0}, {"top_k": -2}, {"max_completion_length": 0}],
+)
+def test_settings_out_of_range_are_refused_before_anything_is_loaded(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ConfigConflictError, match=f"{name.removeprefix('eval_')}.*found {value}"):
+        grpo("no/such/policy/anywhere", **setting)
 
 
 @pytest.mark.parametrize("setting", [{"forward": "fast"}, {"rollout_engine": "vllm"}])

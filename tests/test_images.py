@@ -192,6 +192,16 @@ def test_fit_on_pictures_says_what_they_are_for(pictures, tmp_path, monkeypatch)
         main(words)
 
 
+def test_a_file_name_that_is_no_text_is_predicted_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd").mkdir()
+    name = b"caf\xe9.png".decode("utf-8", "surrogateescape")
+    ShapesDataModule(processor=ASSET).sample("val", 0).image.save(tmp_path / "odd" / name)
+    main([*predict(tmp_path / "odd"), "--data.classes", "[circle]"])
+    (file,) = tmp_path.rglob("predictions.jsonl")
+    assert json.loads(file.read_text(errors="surrogateescape"))["image_id"] == name
+
+
 # Drawing
 
 

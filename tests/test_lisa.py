@@ -118,6 +118,7 @@ def test_a_target_without_polygons_has_no_mask():
 def test_masks_cost_nothing_until_they_are_asked_for(root):
     sample = find(data(root).split("test"), "monkey")
     assert len(pickle.dumps(sample.target)) < 2000
+    # Our own bytes, as a spawned worker gets them.
     copy = pickle.loads(pickle.dumps(sample.target))
     assert np.array_equal(copy.mask(), sample.target.mask())
 

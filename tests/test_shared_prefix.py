@@ -15,7 +15,6 @@ from rft_lightning.policy import logprobs
 from rft_lightning.policy.families import FAMILIES, base_model
 from rft_lightning.policy.loading import load_policy
 from rft_lightning.policy.plain import plain_group_logprobs
-from rft_lightning.policy.self_check import layout_error, settle_layout
 from rft_lightning.policy.shared_prefix import (
     PLAIN,
     choose_layout,
@@ -24,6 +23,7 @@ from rft_lightning.policy.shared_prefix import (
 )
 from rft_lightning.prompts import PromptEncoder
 from rft_lightning.sample import Sample
+from rft_lightning.self_check import layout_error, settle_layout
 from rft_lightning.tasks import ClassificationTask
 
 SHARING = [name for name, family in FAMILIES.items() if family.layouts]

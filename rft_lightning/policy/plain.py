@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rft_lightning.policy.families import position_ids, repeat_vision
+from rft_lightning.policy.families import position_ids, repeat_prompts
 from rft_lightning.policy.logprobs import token_entropies, token_logprobs
 from rft_lightning.sample import TOKEN_TENSORS, PromptBatch
 
@@ -36,16 +36,10 @@ def plain_group_logprobs(
         log-probs [B, G, C] float32 (meaningless on padding), and entropies [B, G, C] or None.
     """
     groups, group_size, length = completion_ids.shape
-    prompt_ids_NP = prompt.input_ids.repeat_interleave(group_size, 0)
-    ids_NT = torch.cat([prompt_ids_NP, completion_ids.flatten(0, 1)], 1)
-    mask_NT = torch.cat(
-        [
-            prompt.attention_mask.repeat_interleave(group_size, 0),
-            completion_mask.flatten(0, 1).to(prompt.attention_mask),
-        ],
-        1,
-    )
-    vision = repeat_vision(prompt.vision, prompt.image_counts, prompt.patch_counts, group_size)
+    rows = repeat_prompts(prompt, group_size)
+    ids_NT = torch.cat([rows.input_ids, completion_ids.flatten(0, 1)], 1)
+    mask_NT = torch.cat([rows.attention_mask, completion_mask.flatten(0, 1).to(rows.attention_mask)], 1)
+    vision = dict(rows.vision)
     for name in vision.keys() & TOKEN_TENSORS:
         vision[name] = nn.functional.pad(vision[name], (0, length))  # completions are text: 0
     logits_NCV = model(

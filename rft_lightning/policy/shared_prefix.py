@@ -7,7 +7,7 @@
 
 Both equal the plain route (policy/plain.py), forward and gradients. Families, attention kernels or settings for which
 a layout would be silently wrong are kept away from it by :func:`choose_layout` and, once per run, by
-:func:`layout_error`.
+:func:`rft_lightning.self_check.layout_error`.
 
 Shape legend: B prompts, G completions per prompt, N = B*G rows, P prompt tokens, C completion tokens, T tokens of a
 packed row, M predicting positions, D width.
@@ -33,7 +33,7 @@ from rft_lightning.policy.loading import checkpointing_active
 from rft_lightning.policy.logprobs import scoring_head
 from rft_lightning.policy.packing import PackedRows, packed_masks
 from rft_lightning.policy.plain import plain_group_logprobs
-from rft_lightning.sample import PromptBatch
+from rft_lightning.sample import TOKEN_TENSORS, PromptBatch
 
 PLAIN = "plain"
 FORWARDS = ("auto", PREFIX_CACHE, PACKED, PLAIN)
@@ -184,7 +184,7 @@ def _packed(model: Any, prompt: PromptBatch, ids_BGC: Tensor, mask_BGC: Tensor, 
     rope = torch.cat([positions, text_positions(model, steps_BGC.flatten(1))], -1)
     rope = row.pack(rope)
     vision, types = dict(prompt.vision), None
-    for name in [name for name in vision if name.endswith("token_type_ids")]:
+    for name in vision.keys() & TOKEN_TENSORS:
         types = row.pack(torch.cat([vision[name], torch.zeros_like(ids_BGC).flatten(1)], 1))
         vision[name] = types
     with scoring_head(model, lambda hidden_BTD: hidden_BTD[row.predicting], ids_BGC[mask_BGC][:, None], **settings):
