@@ -49,6 +49,7 @@ class ParsedAnswer:
         no_objects: the answer is "No Object(s)", "None" or an empty list.
         answer_blocks: number of ``<answer>`` tags; 0 for an untagged answer.
         problems: what was wrong with the text, in words; at most 10 and a line that counts the rest.
+        points: K' lists of two finite numbers (x, y) in the unit of the model.
     """
 
     thought: str | None = None
@@ -59,6 +60,7 @@ class ParsedAnswer:
     no_objects: bool = False
     answer_blocks: int = 0
     problems: list[str] = field(default_factory=list)
+    points: list[list[float]] = field(default_factory=list)
 
 
 def parse_answer(text: str) -> ParsedAnswer:

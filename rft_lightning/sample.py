@@ -156,6 +156,10 @@ class Answer:
         parsed: the answer could be read as one of its kind (boxes, "No Objects", a label); None means: it has boxes,
             states that there is nothing, or has a label without problems.
         problems: what was wrong with the text, in words; empty for a clean answer.
+        points: [K', 2] float64 (x, y) in pixels of the original image, where the answer is written in points.
+        num_tokens: length of the completion in tokens, its end of sequence included; None where it is not known.
+        token_limit: most tokens that the completion could have; None where it is not known.
+        truncated: the limit came before an end of sequence.
     """
 
     text: str = ""
@@ -168,9 +172,14 @@ class Answer:
     answer_blocks: int = 1
     parsed: bool | None = None
     problems: tuple[str, ...] = ()
+    points: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.float64))
+    num_tokens: int | None = None
+    token_limit: int | None = None
+    truncated: bool = False
 
     def __post_init__(self) -> None:
         self.boxes = as_boxes(self.boxes)
+        self.points = torch.as_tensor(self.points, dtype=torch.float64).reshape(-1, 2)
         confidences = torch.as_tensor(self.confidences, dtype=torch.float64).reshape(-1)
         if len(confidences) == 0 and len(self.boxes) > 0:
             confidences = torch.ones(len(self.boxes), dtype=torch.float64)
