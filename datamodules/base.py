@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning.pytorch import LightningDataModule
@@ -45,6 +46,8 @@ class RFTDataModule(LightningDataModule, ABC):
         processor: checkpoint whose processor and chat template encode the prompts. On the command line it is taken
             from the model's `policy` and must not be set.
         batch_size: prompts per rollout and process.
+        oversample: dynamic sampling: up to so many times `batch_size` prompts are loaded and, as far as they are
+            needed, rolled out, to find `batch_size` groups whose answers differ in reward. 1 trains on every group.
         eval_batch_size: prompts per validation, test or prediction batch and process.
         num_workers: worker processes of each loader.
         seed: seed of the few-shot draw and of the order of the training rows; the run's `seed_everything` when None.
@@ -69,6 +72,7 @@ class RFTDataModule(LightningDataModule, ABC):
         *,
         processor: str | None = None,
         batch_size: int = 8,
+        oversample: int = 1,
         eval_batch_size: int = 16,
         num_workers: int = 0,
         seed: int | None = None,
@@ -79,11 +83,13 @@ class RFTDataModule(LightningDataModule, ABC):
         frame: CoordinateFrame | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+        sizes = {"batch_size": batch_size, "oversample": oversample, "eval_batch_size": eval_batch_size}
+        for name, value in sizes.items():
             if value < 1:
                 raise ConfigConflictError(f"Expected {name} >= 1, found {value}.")
         self.processor = processor
-        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.batch_size, self.oversample = batch_size, oversample
+        self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.seed, self.has_own_seed = run_seed(seed), seed is not None
         self._encoder_settings: dict[str, Any] = {
             "min_pixels": min_pixels,
@@ -170,19 +176,21 @@ class RFTDataModule(LightningDataModule, ABC):
             )
 
     def train_dataloader(self) -> StatefulDataLoader:
-        """Batches of `batch_size` prompts; its state goes into the checkpoint and resumes at the next batch."""
+        """Batches of `batch_size * oversample` prompts; its state is checkpointed and resumes at the next batch."""
         rank, world_size = self._process()
         samples = self.split("train")
         return StatefulDataLoader(
             SampleDataset(samples),
             batch_sampler=self.train_sampler(len(samples), rank=rank, world_size=world_size),
-            collate_fn=self.encoder,
+            collate_fn=partial(_encode_waves, self.encoder, self.oversample),
             num_workers=self.num_workers,
         )
 
     def train_sampler(self, size: int, *, rank: int, world_size: int) -> RolloutBatchSampler:
         """The order of `size` training rows."""
-        return RolloutBatchSampler(size, self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
+        return RolloutBatchSampler(
+            size, self.batch_size, rank=rank, world_size=world_size, seed=self.seed, oversample=self.oversample
+        )
 
     def val_dataloader(self) -> DataLoader:
         """The validation split, once."""
@@ -213,3 +221,8 @@ class RFTDataModule(LightningDataModule, ABC):
 
     def _process(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+
+def _encode_waves(encoder: PromptEncoder, waves: int, samples: Sequence[Sample]) -> PromptBatch:
+    """A training batch that knows of how many waves it consists."""
+    return replace(encoder(samples), waves=waves)

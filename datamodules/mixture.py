@@ -20,7 +20,7 @@ from rft_lightning.seeding import derived_seed
 
 # Apart from each other, so that category 1 of one member is not category 1 of the next.
 _CATEGORIES = 1_000_000
-_SHARED = ("processor", "batch_size", "eval_batch_size", "num_workers")
+_SHARED = ("processor", "batch_size", "oversample", "eval_batch_size", "num_workers")
 
 
 @dataclass
@@ -99,7 +99,15 @@ class MixtureDataModule(RFTDataModule):
         """See the base class."""
         sizes = [len(member.data.split("train")) for member in self.members]
         weights = [member.weight for member in self.members]
-        return MixtureBatchSampler(sizes, weights, self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
+        return MixtureBatchSampler(
+            sizes,
+            weights,
+            self.batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=self.seed,
+            oversample=self.oversample,
+        )
 
     def _check_member(self, number: int, data: RFTDataModule) -> None:
         defaults, shared = inspect.signature(RFTDataModule).parameters, _shared(self)
@@ -132,6 +140,7 @@ class MixtureBatchSampler(RolloutBatchSampler):
         rank: this process.
         world_size: number of processes.
         seed: seed of the order.
+        oversample: waves per batch.
     """
 
     def __init__(
@@ -143,8 +152,9 @@ class MixtureBatchSampler(RolloutBatchSampler):
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        oversample: int = 1,
     ) -> None:
-        super().__init__(sum(sizes), batch_size, rank=rank, world_size=world_size, seed=seed)
+        super().__init__(sum(sizes), batch_size, rank=rank, world_size=world_size, seed=seed, oversample=oversample)
         self.weights = list(weights)
         self._members = [RolloutBatchSampler(n, 1, seed=derived_seed(seed, m)) for m, n in enumerate(sizes)]
         self._offsets = [0, *accumulate(sizes)][:-1]

@@ -1,6 +1,6 @@
 """Samplers whose order depends on nothing but their arguments, for any number of processes.
 
-Shape legend: B prompts per process and batch, W processes.
+Shape legend: B prompts per process and wave, W processes, O waves per batch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
     same prompts in the same steps, and no row is dropped at the end of a pass. Each entry is (row, occurrence), where
     occurrence counts earlier entries of the same row in the same global batch (a few-shot set may be smaller than it).
 
+    For dynamic sampling, `oversample` such batches (waves) make one: a rank's batch is its slice of each, one behind
+    the other.
+
     One epoch is `len(sampler)` batches: as many whole global batches as fit into one pass, at least one.
 
     Args:
@@ -31,11 +34,21 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
         rank: this process.
         world_size: W, number of processes.
         seed: seed of the permutations.
+        oversample: O, waves per batch.
     """
 
-    def __init__(self, size: int, batch_size: int, *, rank: int = 0, world_size: int = 1, seed: int = 0) -> None:
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        oversample: int = 1,
+    ) -> None:
         self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
-        self.seed = seed
+        self.seed, self.oversample = seed, oversample
         self._next = 0  # first batch of the next epoch, counted from the start of training
         self._first = 0  # first batch of the epoch that is being iterated
         self._done = 0  # how many batches of that epoch were handed out
@@ -43,7 +56,12 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
         self._passes: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
-        return max(1, self.size // (self.batch_size * self.world_size))
+        return max(1, self.size // self._width)
+
+    @property
+    def _width(self) -> int:
+        """Entries of a global batch."""
+        return self.batch_size * self.world_size * self.oversample
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         self._first, self._next = self._next, self._next + len(self)
@@ -54,14 +72,15 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def batch(self, number: int) -> list[tuple[int, int]]:
         """This rank's part of global batch `number`."""
-        width = self.batch_size * self.world_size
-        rows = self._stream(number * width, (number + 1) * width)
+        rows = self._stream(number * self._width, (number + 1) * self._width)
         seen: Counter[int] = Counter()
         entries = []
         for row in rows:
             entries.append((row, seen[row]))
             seen[row] += 1
-        return entries[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        wave, first = self.batch_size * self.world_size, self.rank * self.batch_size
+        starts = range(first, self._width, wave)
+        return [entry for start in starts for entry in entries[start : start + self.batch_size]]
 
     def _stream(self, start: int, stop: int) -> list[int]:
         return [self._pass(i // self.size)[i % self.size] for i in range(start, stop)]
@@ -79,8 +98,7 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the epoch that is being iterated; StatefulDataLoader leaves it to a sampler that has a state."""
-        width = self.batch_size * self.world_size
-        return {"first": self._first, "done": self._done, "length": len(self), "size": self.size, "width": width}
+        return {"first": self._first, "done": self._done, "length": len(self), "size": self.size, "width": self._width}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the last batch that was handed out; with the next epoch, if that was the last of its own.
@@ -94,11 +112,12 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
                 f"The checkpoint was written with {state['size']} training rows, the data now has {self.size}; "
                 "resume with the same data settings, or start a new run from the exported policy."
             )
-        if state["width"] != self.batch_size * self.world_size:
+        if state["width"] != self._width:
+            times = "" if self.oversample == 1 else f" times data.oversample {self.oversample}"
             raise ConfigConflictError(
                 f"The checkpoint was written with {state['width']} prompts per global batch, now there are "
-                f"{self.batch_size} on each of {self.world_size} processes; set data.batch_size so that their product "
-                "is the same, or start a new run from the exported policy."
+                f"{self.batch_size} on each of {self.world_size} processes{times}; set data.batch_size so that their "
+                "product is the same, or start a new run from the exported policy."
             )
         self._first, self._done = state["first"], state["done"]
         at_end = self._done >= state["length"]

@@ -8,7 +8,9 @@ Shape legend: K boxes; N and M boxes of two lists.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from rft_lightning.sample import BoxesLike, as_boxes
@@ -75,13 +77,33 @@ def box_giou(a: BoxesLike, b: BoxesLike) -> Tensor:
     return iou - (hull - union) / hull
 
 
-def match_greedy(iou: Tensor, confidences: Tensor, threshold: float = 0.5) -> list[int]:
+def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """:func:`box_iou` to the last bit, on arrays: for few boxes the overhead of tensors is most of the time.
+
+    Args:
+        a: [N, 4] float64 xyxy.
+        b: [M, 4] float64 xyxy in the same unit.
+
+    Returns:
+        [N, M] float64 in [0, 1].
+    """
+    # Corners may be as large as float64 allows; an infinite area is an overlap of 0, and nothing to warn of.
+    with np.errstate(over="ignore", invalid="ignore"):
+        sides = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
+        np.maximum(sides, 0, out=sides)
+        intersection = sides[:, :, 0] * sides[:, :, 1]
+        (aw, ah), (bw, bh) = (a[:, 2:] - a[:, :2]).T, (b[:, 2:] - b[:, :2]).T
+        union = (aw * ah)[:, None] + bw * bh - intersection
+        return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
+
+
+def match_greedy(iou: ArrayLike, confidences: ArrayLike, threshold: float = 0.5) -> list[int]:
     """Match predictions to ground truth by falling confidence, each to the free ground truth it overlaps most.
 
     Equal confidences keep their order (stable sort), equal overlaps go to the ground truth that comes first.
 
     Args:
-        iou: [n_pred, n_gt] in [0, 1].
+        iou: [n_pred, n_gt] in [0, 1], a tensor or an array.
         confidences: [n_pred], finite.
         threshold: a pair counts only if its IoU is strictly greater.
 
@@ -91,41 +113,40 @@ def match_greedy(iou: Tensor, confidences: Tensor, threshold: float = 0.5) -> li
     Raises:
         ValueError: there is not one confidence per row.
     """
-    if len(confidences) != len(iou):
-        raise ValueError(
-            f"Expected one confidence per prediction, found {len(confidences)} for {len(iou)} predictions."
-        )
-    overlaps, order = iou.tolist(), confidences.argsort(descending=True, stable=True).tolist()
+    overlaps, certain = np.asarray(iou), np.asarray(confidences)
+    if len(certain) != len(overlaps):
+        raise ValueError(f"Expected one confidence per prediction, found {len(certain)} for {len(overlaps)}.")
     matches = [-1] * len(overlaps)
-    free = list(range(iou.shape[1]))
-    for prediction in order:
-        if not free:
-            break
-        best = max(free, key=overlaps[prediction].__getitem__)
-        if overlaps[prediction][best] > threshold:
-            matches[prediction] = best
-            free.remove(best)
+    if overlaps.size == 0:
+        return matches
+    free = np.where(overlaps > threshold, overlaps, -np.inf)
+    for prediction in (-certain).argsort(kind="stable").tolist():
+        truth = int(free[prediction].argmax())
+        if free[prediction, truth] > threshold:
+            matches[prediction] = truth
+            free[:, truth] = -np.inf
     return matches
 
 
-def match_hungarian(iou: Tensor, threshold: float = 0.5) -> list[int]:
-    """Match predictions to ground truth so that the summed IoU of the pairs above the threshold is greatest.
+def match_hungarian(gain: ArrayLike) -> list[int]:
+    """Match predictions to ground truth so that the summed gain of the pairs is greatest.
 
     Args:
-        iou: [n_pred, n_gt] in [0, 1].
-        threshold: a pair counts only if its IoU is strictly greater.
+        gain: [n_pred, n_gt] finite and >= 0, what a pair is worth; pairs that are worth 0 stay unmatched.
 
     Returns:
-        For each prediction the index of its ground truth, or -1.
+        For each prediction, in the order of the rows, the index of its ground truth, or -1.
     """
     from scipy.optimize import linear_sum_assignment
 
-    # Pairs that cannot count must not win an assignment either, hence zeroed before and not dropped after.
-    gain = torch.where(iou > threshold, iou, 0.0).detach().cpu().numpy()
-    matches = [-1] * len(gain)
-    for prediction, truth in zip(*linear_sum_assignment(gain, maximize=True), strict=True):
-        if gain[prediction, truth] > 0:
-            matches[prediction] = int(truth)
+    gains = np.asarray(gain, dtype=np.float64)
+    # Without what cannot match: adding such a row must not change which of several best assignments is found.
+    rows, columns = np.flatnonzero(gains.any(1)), np.flatnonzero(gains.any(0))
+    matches = [-1] * len(gains)
+    for row, column in zip(*linear_sum_assignment(gains[np.ix_(rows, columns)], maximize=True), strict=True):
+        prediction, truth = int(rows[row]), int(columns[column])
+        if gains[prediction, truth] > 0:
+            matches[prediction] = truth
     return matches
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import rft_lightning.callbacks
 import rft_lightning.datamodules  # noqa: F401
@@ -24,6 +25,20 @@ from rft_lightning.policy_module import PolicyModule
 from rft_lightning.prepare import named_errors, run_prepare, settle_processor
 from rft_lightning.sft import SFTModule  # noqa: F401
 from rft_lightning.trainer import FSDP_MESSAGE, RFTTrainer
+
+
+class RFTParser(LightningArgumentParser):
+    """Lightning's, with a short error where something to be called (a reward) cannot be imported or made."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Of the tree of types that were tried, the reason alone."""
+        # Parsers of parts, which do not exit, keep the tree: it is put together from their errors.
+        reasons = re.findall(r"expects a function or a callable class: (?!Parser key)(.+)", message)
+        if reasons and self.exit_on_error:
+            message = reasons[0]
+            if message.startswith("No module named"):
+                message += "\nModules are looked for among the installed packages and in the working directory."
+        super().error(message, ex)
 
 
 class RFTCLI(LightningCLI):
@@ -91,6 +106,10 @@ SHARED_DATA_ARGUMENTS = {*inspect.signature(RFTDataModule).parameters, "task"}
 def run(args: ArgsType = None) -> Any:
     """Parse and run; named errors are raised."""
     words = sys.argv[1:] if args is None else args
+    if "" not in sys.path:
+        # The working directory, for the user's own rewards: a console script does not have it. Last, so that none of
+        # the folders there hides a package.
+        sys.path.append("")
     if isinstance(words, list) and words and words[0] in COMMANDS:
         from jsonargparse import auto_cli
 
@@ -102,6 +121,7 @@ def run(args: ArgsType = None) -> Any:
         PolicyModule,
         RFTDataModule,
         trainer_class=RFTTrainer,
+        parser_class=RFTParser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,

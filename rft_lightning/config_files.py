@@ -6,11 +6,15 @@ including file wins, key by key.
 
 jsonargparse also keeps arguments of the same name when the command line names another class: `--data ImagesDataModule`
 would ask about the `classes` of the file's data set. What describes the file's own data is therefore left out.
+
+And it replaces whole mappings when a second file is given: one that changes a single reward would lose the others. The
+rewards and weights of a task are therefore merged over the files as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +33,16 @@ def install_loader(words: Sequence[str] = (), shared: Collection[str] = ()) -> N
     load = jsonargparse.get_loader("yaml")
     load = getattr(load, "plain", load)
     named, current = named_data_class(words), None
+    task: dict[str, Any] = {}
 
     def load_with_base(text: str) -> Any:
-        nonlocal current
+        nonlocal current, task
         config = resolve(text)
         data = config.get("data") if isinstance(config, dict) else None
-        if named is None or not isinstance(data, dict):
+        if not isinstance(data, dict):
+            return config
+        task = merge_rewards(data, task)
+        if named is None:
             return config
         current = _class_name(data) if "class_path" in data else current  # else more of the file before
         return config if current in (None, named) else {**config, "data": _only(data, shared)}
@@ -60,6 +68,34 @@ def named_data_class(words: Sequence[str]) -> str | None:
         if value.replace(".", "_").isidentifier() and not value.endswith((".yaml", ".yml", ".json")):
             named = value.rsplit(".", 1)[-1]
     return named
+
+
+def merge_rewards(data: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """Complete the rewards and weights of a file's task, in place, by those of the files before it.
+
+    A reward that is null is left out, and its weight with it.
+
+    Args:
+        data: the file's `data` block.
+        earlier: the task of the files before it.
+
+    Returns:
+        the task of all files so far.
+    """
+    block = (data.get("init_args") or data).get("task")
+    if not isinstance(block, dict):
+        return earlier
+    # A copy, since the parser works in place on what it is given.
+    whole = deepcopy(block if {"class_path", "init_args"} & block.keys() else {"init_args": block})
+    task = merge(earlier, whole)
+    arguments, settings = block.get("init_args") or block, task.get("init_args") or {}
+    rewards, weights = settings.get("rewards"), settings.get("reward_weights")
+    if isinstance(rewards, dict) and isinstance(weights, dict):
+        settings["reward_weights"] = {name: w for name, w in weights.items() if rewards.get(name, name) is not None}
+    if isinstance(rewards, dict):
+        settings["rewards"] = {name: reward for name, reward in rewards.items() if reward is not None}
+    arguments.update({name: deepcopy(settings[name]) for name in ("rewards", "reward_weights") if name in settings})
+    return task
 
 
 def _only(block: dict[str, Any], shared: Collection[str]) -> dict[str, Any]:

@@ -42,3 +42,7 @@ class DownloadError(RFTError):
 
 class ChecksumError(DownloadError):
     """A file has another checksum than its publisher states."""
+
+
+class RewardError(RFTError):
+    """A reward raised an exception, or did not return in time."""

@@ -1,72 +1,43 @@
-"""GRPOModule: group rollouts, verifiable rewards, and the GRPO update against a frozen reference."""
+"""GRPOModule: group rollouts, verifiable rewards, and the GRPO update against a frozen reference.
+
+Shape legend: B prompts, G completions per prompt, N = B*G, C completion tokens, K rewards.
+"""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rft_lightning.advantages import group_advantages, total_rewards
+from rft_lightning.advantages import group_advantages, informative_groups
+from rft_lightning.collectives import gather_objects, rank
+from rft_lightning.control import AdaptiveEntropy, AdaptiveKL
+from rft_lightning.dynamic_sampling import roll_out_waves
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.objectives import GRPOObjective
+from rft_lightning.kl import sequence_kl
+from rft_lightning.objectives import GRPOObjective, entropy_threshold
 from rft_lightning.policy.loading import evaluating, frozen_copy, load_policy
 from rft_lightning.policy.sampling import Sampling
 from rft_lightning.policy.shared_prefix import group_logprobs_and_entropies
 from rft_lightning.policy_module import PolicyModule
+from rft_lightning.rollout_batches import BatchCounts, MicroBatch, count_tokens, cut, join_rollouts
+from rft_lightning.run_statistics import Clock, is_count, length_statistics, over_processes
 from rft_lightning.sample import PromptBatch, Rollouts
+from rft_lightning.scoring import Scores, join_scores, score_rollouts, statistics
 
-
-@dataclass
-class MicroBatch:
-    """A few groups of one optimiser step: rollouts of b prompts, and per completion [b*G] or token [b*G, C] data."""
-
-    rollouts: Rollouts
-    advantages: Tensor
-    old_logp: Tensor | None = None
-    ref_logp: Tensor | None = None
-
-
-@dataclass
-class Scores:
-    """Rewards of N completions.
-
-    Attributes:
-        names: K reward names, the union over the tasks of the batch.
-        rewards: [N, K] unweighted; NaN where a reward does not apply.
-        weighted: [N, K] times the weights of each sample's task.
-        parse_rate: share of completions that could be read as an answer of their kind.
-    """
-
-    names: list[str]
-    rewards: Tensor
-    weighted: Tensor
-    parse_rate: float
-
-
-class Clock:
-    """Seconds per phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """End the phase that is running."""
-        now = time.perf_counter()
-        self.seconds[phase], self._last = now - self._last, now
+COEFFICIENTS = "coefficients"
 
 
 class GRPOModule(PolicyModule):
     """Group relative policy optimisation with verifiable rewards (Visual-RFT).
 
     One training step is one rollout batch: sample G answers to each prompt, score them, then `num_iterations` passes
-    over mini-batches, one optimiser step each.
+    over mini-batches, one optimiser step each. Every sum of the loss is divided by a count of the whole rollout batch
+    on all processes, so that neither the size of micro-batches nor the number of processes changes a gradient.
 
     Args:
         policy: see :class:`PolicyModule`.
@@ -79,6 +50,11 @@ class GRPOModule(PolicyModule):
         top_p: sample among the fewest tokens holding this probability; 1 for all.
         min_p: leave out tokens less likely than this share of the likeliest; 0 for none.
         scale_rewards: divide advantages by the standard deviation of the group or the batch, or not (none).
+        baseline: subtract the mean reward of the group, of the others in it (leave_one_out), or of the batch.
+        aggregation: sum_then_normalize, or normalize_then_sum (GDPO); see :func:`group_advantages`.
+        mask_truncated_completions: learn nothing from completions that the length limit cut off.
+        kl_controller: adapts the objective's beta to a target KL; fixed when None.
+        entropy_controller: adapts the objective's entropy_coef to a target entropy; fixed when None.
         **kwargs: see :class:`PolicyModule`.
 
     Raises:
@@ -98,6 +74,11 @@ class GRPOModule(PolicyModule):
         top_p: float = 1.0,
         min_p: float = 0.0,
         scale_rewards: str = "group",
+        baseline: str = "group",
+        aggregation: str = "sum_then_normalize",
+        mask_truncated_completions: bool = False,
+        kl_controller: AdaptiveKL | None = None,
+        entropy_controller: AdaptiveEntropy | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(policy, **kwargs)
@@ -116,10 +97,40 @@ class GRPOModule(PolicyModule):
         self.group_size, self.num_iterations, self.rollout_prompts = group_size, num_iterations, rollout_prompts
         self.temperature = temperature
         self.sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-        self.scale_rewards = scale_rewards
+        self.advantage_settings: dict[str, Any] = {
+            "scale": scale_rewards,
+            "baseline": baseline,
+            "aggregation": aggregation,
+        }
+        group_advantages(torch.zeros(group_size), group_size, **self.advantage_settings)  # refuses what is unknown
+        self.mask_truncated_completions = mask_truncated_completions
         self.objective = objective if objective is not None else GRPOObjective()
+        self._set_up_objective(kl_controller, entropy_controller)
+        self._logged: set[str] = set()
         # Outside the module tree: no optimiser, checkpoint or train() reaches the reference model.
         self._reference: tuple[nn.Module, ...] = ()
+
+    def _set_up_objective(self, kl: AdaptiveKL | None, entropy: AdaptiveEntropy | None) -> None:
+        baseline, scale = self.advantage_settings["baseline"], self.advantage_settings["scale"]
+        if self.objective.max_completion_length is None:
+            self.objective.max_completion_length = self.max_completion_length
+        if self.objective.kl_placement == "reward" and self.advantage_settings["aggregation"] != "sum_then_normalize":
+            raise ConfigConflictError(
+                "objective.kl_placement reward subtracts the KL from the sum of the rewards, but aggregation "
+                "normalize_then_sum has no such sum. Set kl_placement: loss, or aggregation: sum_then_normalize."
+            )
+        if (baseline, scale) == ("batch", "group"):
+            raise ConfigConflictError(
+                "baseline batch with scale_rewards group divides a reward's distance from the batch by the standard "
+                "deviation of its group, which may be 0. Set scale_rewards to batch (REINFORCE++) or none."
+            )
+        self.controllers: dict[str, AdaptiveKL | AdaptiveEntropy] = {}
+        if kl is not None:
+            kl.start(self.objective.beta)
+            self.controllers["beta"] = kl
+        if entropy is not None:
+            entropy.start(self.objective.entropy_coef)
+            self.controllers["entropy_coef"] = entropy
 
     def configure_model(self) -> None:
         """Load the policy and, to train all its weights with beta > 0, keep a frozen copy of it as it starts."""
@@ -156,19 +167,49 @@ class GRPOModule(PolicyModule):
         """Optimiser steps that a rollout batch of `batch_size` prompts makes."""
         return self.num_iterations * super().steps_per_batch(batch_size)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Beside what every policy saves, the coefficients that adapt."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[COEFFICIENTS] = {name: controller.state_dict() for name, controller in self.controllers.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue with the coefficients as they were; one that did not adapt then starts from the objective's."""
+        for name, state in checkpoint.get(COEFFICIENTS, {}).items():
+            if name in self.controllers:
+                self.controllers[name].load_state_dict(state)
+
     # One rollout batch
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Roll out, score, update."""
         clock = Clock()
-        rollouts = self.roll_out(batch)
-        clock.lap("rollout")
-        scores = self.score(rollouts)
-        advantages_N = self.advantages(scores, self.group_size)
-        clock.lap("score")
-        statistics = self.update(rollouts, advantages_N)
+
+        def sample(wave: PromptBatch) -> tuple[Rollouts, Scores]:
+            rollouts = self.roll_out(wave)
+            clock.lap("rollout")
+            scores = self.score(rollouts)
+            clock.lap("score")
+            return rollouts, scores
+
+        pad = self.processor.tokenizer.pad_token_id
+        rollouts, scores, chosen, waves = roll_out_waves(batch, sample, self._informative, pad)
+        values = {**length_statistics(rollouts), **statistics(scores, self.group_size)}
+        if batch.waves > 1:
+            informative = float(self._informative(scores).float().mean())
+            values |= {"dynamic_sampling/waves": waves, "dynamic_sampling/informative": informative}
+            rollouts, scores = rollouts.take(chosen), scores.take(self._rows(chosen))
+        mini_batches = cut(
+            rollouts,
+            mini_batch_prompts=self.mini_batch_prompts,
+            micro_batch_prompts=self.micro_batch_prompts,
+            mask_truncated=self.mask_truncated_completions,
+        )
+        self._add_logprobs(mini_batches)
+        advantages_N = self.advantages(scores, self.group_size, self._reward_penalty(mini_batches))
+        clock.lap("logprobs")
+        values |= self.update(mini_batches, advantages_N)
         clock.lap("update")
-        self._log_batch(rollouts, scores, statistics, clock.seconds)
+        self._log_batch({**values, **clock.statistics()}, len(rollouts))
 
     def roll_out(
         self, batch: PromptBatch, *, group_size: int | None = None, temperature: float | None = None
@@ -188,36 +229,38 @@ class GRPOModule(PolicyModule):
         return join_rollouts(batch, parts, self.processor.tokenizer.pad_token_id)
 
     def score(self, rollouts: Rollouts) -> Scores:
-        """Read and reward every completion.
+        """Read and reward every completion."""
+        return score_rollouts(rollouts, step=self.global_step, token_limit=self.max_completion_length)
 
-        Raises:
-            ConfigConflictError: a sample has no target.
+    def _informative(self, scores: Scores) -> Tensor:
+        aggregation = self.advantage_settings["aggregation"]
+        return informative_groups(scores.rewards, self.group_size, weights=scores.weights, aggregation=aggregation)
+
+    def _rows(self, groups: list[int]) -> Tensor:
+        """The completions of some groups."""
+        return (torch.tensor(groups)[:, None] * self.group_size + torch.arange(self.group_size)).flatten()
+
+    def advantages(self, scores: Scores, group_size: int, penalty_N: Tensor | None = None) -> Tensor:
+        """Advantages [N], relative to the group, or to the batch of all processes where the settings say so.
+
+        Args:
+            scores: of N completions.
+            group_size: G.
+            penalty_N: [N], subtracted from the sum of the rewards.
         """
-        names = list(dict.fromkeys(name for s in rollouts.prompts.samples for name in s.task.rewards))
-        rewards_NK = torch.full((sum(map(len, rollouts.texts)), len(names)), torch.nan)
-        weights_NK = torch.zeros_like(rewards_NK)
-        parsed: list[bool] = []
-        for sample, texts in zip(rollouts.prompts.samples, rollouts.texts, strict=True):
-            if sample.target is None:
-                raise ConfigConflictError(
-                    f"Sample {sample.id!r} has no target, so it cannot be rewarded; train on labelled samples."
-                )
-            columns = [names.index(name) for name in sample.task.rewards]
-            weights = torch.tensor(list(sample.task.reward_weights.values()))
-            for text in texts:
-                row = len(parsed)
-                answer = sample.task.read(text, rollouts.prompts.frame, sample.image_size)
-                rewards_NK[row, columns] = sample.task.score(
-                    answer, sample.target, step=self.global_step, sample_id=sample.id
-                )
-                weights_NK[row, columns] = weights
-                parsed.append(bool(answer.parsed))
-        device = rollouts.completion_ids.device
-        return Scores(names, rewards_NK.to(device), (rewards_NK * weights_NK).to(device), sum(parsed) / len(parsed))
-
-    def advantages(self, scores: Scores, group_size: int) -> Tensor:
-        """Group-relative advantages [N]."""
-        return group_advantages(scores.weighted, group_size, scale=self.scale_rewards)
+        own, settings = slice(None), self.advantage_settings
+        penalties = [] if penalty_N is None else [penalty_N]
+        if "batch" in settings.values() or settings["aggregation"] == "normalize_then_sum":
+            everyone = gather_objects((scores.to("cpu"), [penalty.cpu() for penalty in penalties]))
+            start = sum(len(part.rewards) for part, _ in everyone[: rank()])
+            own = slice(start, start + len(scores.rewards))
+            scores = join_scores([part for part, _ in everyone])
+            penalties = [penalty for _, parts in everyone for penalty in parts]
+        rewards: Tensor = scores.rewards
+        weights: Tensor | None = scores.weights
+        if penalties:
+            rewards, weights = scores.total - torch.cat(penalties).to(rewards), None
+        return group_advantages(rewards, group_size, weights=weights, **settings)[own].to(self.device)
 
     def sample_and_score(
         self, batch: PromptBatch, *, group_size: int | None = None, temperature: float | None = None
@@ -227,76 +270,120 @@ class GRPOModule(PolicyModule):
         scores = self.score(rollouts)
         return rollouts, scores, self.advantages(scores, rollouts.completion_ids.shape[1])
 
-    def update(self, rollouts: Rollouts, advantages_N: Tensor) -> dict[str, Tensor]:
-        """`num_iterations` passes of optimiser steps; returns statistics averaged over them."""
-        mini_batches = self._mini_batches(rollouts, advantages_N)
-        if self.num_iterations * len(mini_batches) > 1:
-            # With a single step the policy is still the one that sampled, and its ratio is 1 without a second forward.
+    def _add_logprobs(self, mini_batches: list[list[MicroBatch]]) -> None:
+        """What the update compares with: log-probs of the reference model, and of the policy before its first step."""
+        micro_batches = [micro for mini in mini_batches for micro in mini]
+        if self.objective.needs_reference:
+            with self.reference_model() as reference:
+                for micro in micro_batches:
+                    micro.ref_logp = self._logprobs(reference, micro.rollouts)[0]
+        # With a single step the policy is still the one that sampled, and its ratio is 1 without a second forward.
+        steps = self.num_iterations * len(mini_batches)
+        entropies = self.objective.top_entropy_quantile < 1
+        from_sampler = all(micro.sampler_logp is not None for micro in micro_batches)
+        if steps > 1 or entropies or (self.objective.kl_placement == "reward" and not from_sampler):
             assert self.policy is not None
             with evaluating(self.policy), torch.no_grad():  # dropout had no part in the sampling
-                for micro in (micro for mini in mini_batches for micro in mini):
-                    micro.old_logp = self._logprobs(self.policy, micro.rollouts)[0]
+                for micro in micro_batches:
+                    micro.old_logp, micro.old_entropy = self._logprobs(
+                        self.policy, micro.rollouts, with_entropy=entropies
+                    )
+
+    def _reward_penalty(self, mini_batches: list[list[MicroBatch]]) -> Tensor | None:
+        """[N] beta times the KL of each completion, where that is part of the reward."""
+        if self.objective.kl_placement != "reward" or not self.objective.needs_reference:
+            return None
+        penalties = []
+        for micro in (micro for mini in mini_batches for micro in mini):
+            logp = micro.old_logp if micro.old_logp is not None else micro.sampler_logp
+            assert logp is not None
+            assert micro.ref_logp is not None
+            penalties.append(sequence_kl(logp, micro.ref_logp, micro.mask, self.objective.kl_estimator))
+        beta = self.controllers["beta"].value if "beta" in self.controllers else self.objective.beta
+        return beta * torch.cat(penalties)
+
+    def update(self, mini_batches: list[list[MicroBatch]], advantages_N: Tensor) -> dict[str, float]:
+        """`num_iterations` passes of optimiser steps; returns statistics averaged over them."""
+        counts = self._counts(mini_batches)
         totals: list[dict[str, Tensor]] = []
         for _ in range(self.num_iterations):
             for mini in mini_batches:
                 if self.reached_max_steps():
                     break
-                totals.append(self._mini_step(mini))
-        return {name: torch.stack([t[name] for t in totals]).mean() for name in totals[0]} if totals else {}
+                totals.append(self._mini_step(mini, advantages_N, counts))
+        return {name: float(torch.stack([t[name] for t in totals]).mean()) for name in totals[0]} if totals else {}
 
-    def _mini_batches(self, rollouts: Rollouts, advantages_N: Tensor) -> list[list[MicroBatch]]:
-        """The batch cut into mini-batches of micro-batches, with the reference model's log-probs."""
-        group_size = rollouts.completion_ids.shape[1]
-        mini_size = self.mini_batch_prompts or len(rollouts)
-        micro_size = min(self.micro_batch_prompts or mini_size, mini_size)
-        mini_batches = []
-        for start in range(0, len(rollouts), mini_size):
-            stop = min(start + mini_size, len(rollouts))
-            mini = []
-            for first in range(start, stop, micro_size):
-                last = min(first + micro_size, stop)
-                part = rollouts.select(first, last)
-                micro = MicroBatch(part, advantages_N[first * group_size : last * group_size])
-                if self.objective.beta > 0:
-                    with self.reference_model() as reference:
-                        micro.ref_logp = self._logprobs(reference, part)[0]
-                mini.append(micro)
-            mini_batches.append(mini)
-        return mini_batches
+    def _counts(self, mini_batches: list[list[MicroBatch]]) -> BatchCounts:
+        micro_batches = [micro for mini in mini_batches for micro in mini]
+        masks, threshold = [micro.mask for micro in micro_batches], None
+        acting = masks
+        entropies = [micro.old_entropy for micro in micro_batches if micro.old_entropy is not None]
+        if self.objective.top_entropy_quantile < 1:
+            own = torch.cat([entropy[mask] for entropy, mask in zip(entropies, masks, strict=True)])
+            everyone = torch.cat(gather_objects(own.cpu()))
+            share = self.objective.top_entropy_quantile
+            threshold = entropy_threshold(everyone, torch.ones_like(everyone), share).to(self.device)
+            acting = [mask & (entropy >= threshold) for entropy, mask in zip(entropies, masks, strict=True)]
+        local = torch.stack([count_tokens(masks), count_tokens(acting)]).float()
+        tokens, acting_tokens = self.trainer.strategy.reduce(local, reduce_op="mean").tolist()
+        return BatchCounts(sum(map(len, masks)), tokens, acting_tokens, threshold)
 
-    def _mini_step(self, mini: list[MicroBatch]) -> dict[str, Tensor]:
-        completions = sum(len(micro.advantages) for micro in mini)
-        tokens = sum(int(micro.rollouts.completion_mask.sum()) for micro in mini)
-        collected: list[tuple[float, float, dict[str, Tensor]]] = []
+    def _mini_step(self, mini: list[MicroBatch], advantages_N: Tensor, counts: BatchCounts) -> dict[str, Tensor]:
+        share = sum(len(micro.mask) for micro in mini) / counts.completions
+        coefficients = {name: controller.value for name, controller in self.controllers.items()}
+        collected: list[tuple[dict[str, Tensor], float, float]] = []
 
         def loss_of(micro: MicroBatch) -> Tensor:
-            logp, entropy = self._logprobs(self.policy, micro.rollouts, with_entropy=True)
-            mask = micro.rollouts.completion_mask.flatten(0, 1)
+            logp, entropy = self._logprobs(
+                self.policy,
+                micro.rollouts,
+                with_entropy=True,
+                entropy_gradient=self.objective.entropy_needs_gradient or "entropy_coef" in self.controllers,
+            )
             loss, stats = self.objective(
                 logp,
                 micro.old_logp,
                 micro.ref_logp,
-                micro.advantages,
-                mask,
+                micro.of(advantages_N),
+                micro.mask,
                 entropy=entropy,
-                normalizer=completions,
+                sampler_logp=micro.sampler_logp,
+                normalizer=self.objective.divisor(counts.completions * share, counts.tokens * share),
+                token_count=counts.acting_tokens * share,
+                entropy_threshold=counts.entropy_threshold,
+                **coefficients,
             )
-            collected.append((len(micro.advantages) / completions, int(mask.sum()) / tokens, stats))
+            collected.append((stats, len(micro.mask), float(count_tokens([micro.mask]))))
             return loss
 
         names = [sample.id for micro in mini for sample in micro.rollouts.prompts.samples]
         loss = self.optimiser_step(mini, loss_of, names)
-        # kl_sequence is a mean over completions, all other statistics are means over tokens.
-        averaged = {
-            name: torch.stack(
-                [stats[name] * (rows if name == "kl_sequence" else part) for rows, part, stats in collected]
-            ).sum()
-            for name in collected[0][2]
-        }
-        return {"loss": loss, **averaged}
+        statistics = self.objective.combine_statistics(collected)
+        self._adapt(statistics, mini)
+        return {"loss": loss, **statistics}
+
+    def _adapt(self, statistics: dict[str, Tensor], mini: list[MicroBatch]) -> None:
+        """Tell the controllers what the step measured on all processes."""
+        if not self.controllers:
+            return
+        own = {name: value.cpu() for name, value in statistics.items()}
+        completions = sum(len(micro.mask) for micro in mini)
+        parts = gather_objects((own, completions, float(count_tokens([micro.mask for micro in mini]))))
+        measured = self.objective.combine_statistics(parts)
+        completions = sum(completions for _, completions, _ in parts)
+        if "beta" in self.controllers:
+            self.controllers["beta"].update(float(measured["kl"]), completions)
+        if "entropy_coef" in self.controllers:
+            entropy = measured.get("entropy_acting", measured["entropy"])
+            self.controllers["entropy_coef"].update(float(entropy), completions)
 
     def _logprobs(
-        self, model: nn.Module | None, rollouts: Rollouts, *, with_entropy: bool = False
+        self,
+        model: nn.Module | None,
+        rollouts: Rollouts,
+        *,
+        with_entropy: bool = False,
+        entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         assert model is not None
         logp_BGC, entropy_BGC = group_logprobs_and_entropies(
@@ -307,63 +394,19 @@ class GRPOModule(PolicyModule):
             temperature=self.temperature,
             forward=self.layout,
             with_entropy=with_entropy,
+            entropy_gradient=entropy_gradient,
         )
         return logp_BGC.flatten(0, 1), None if entropy_BGC is None else entropy_BGC.flatten(0, 1)
 
-    # Bookkeeping
-
-    def _log_batch(
-        self, rollouts: Rollouts, scores: Scores, statistics: dict[str, Tensor], seconds: dict[str, float]
-    ) -> None:
-        """TRL's names where TRL has the number; one value per rollout batch, averaged over processes."""
-        total_BG = total_rewards(scores.weighted).view(-1, self.group_size)
-        std_B = total_BG.std(1)
-        values: dict[str, Any] = {
-            "reward": total_BG.nanmean(),
-            "reward_std": std_B.nanmean(),
-            "frac_reward_zero_std": (std_B < 1e-6).float().mean(),
-            "completions/mean_length": rollouts.completion_mask.sum(-1).float().mean(),
-            "completions/clipped_ratio": rollouts.truncated.float().mean(),
-            "parse_rate": scores.parse_rate,
-            "step_time": sum(seconds.values()),
-            **{f"time/{phase}": value for phase, value in seconds.items()},
-            **statistics,
-        }
-        for name, column in zip(scores.names, scores.rewards.T, strict=True):
-            values[f"rewards/{name}/mean"] = column.nanmean()
+    def _log_batch(self, values: dict[str, float], size: int) -> None:
+        """One value per rollout batch, over all processes."""
         shown = {"reward", "kl", "completions/mean_length", "time/rollout", "time/update"}
-        for name, value in self._averaged({name: float(value) for name, value in values.items()}).items():
-            self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=len(rollouts))
+        combined = over_processes(values)
+        # Lightning would repeat the last value of what occurs now and then.
+        missing = {name: 0.0 if is_count(name) else math.nan for name in self._logged - combined.keys()}
+        self._logged |= combined.keys()
+        for name, value in {**combined, **missing}.items():
+            self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=size)
+        for name, controller in self.controllers.items():
+            self.log(f"train/{name}", controller.value)
         self.log("train/learning_rate", self._scheduler().get_last_lr()[0])
-
-    def _averaged(self, values: dict[str, float]) -> dict[str, float]:
-        """Means over the processes that have a number: ranks of a mixture may hold different rewards."""
-        gathered: list[dict[str, float]] = [values]
-        if self.trainer.world_size > 1:
-            gathered = [{} for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(gathered, values)
-        means = {}
-        for name in dict.fromkeys(name for local in gathered for name in local):
-            numbers = [local[name] for local in gathered if not math.isnan(local.get(name, math.nan))]
-            means[name] = sum(numbers) / len(numbers) if numbers else math.nan
-        return means
-
-
-def join_rollouts(batch: PromptBatch, parts: list[Rollouts], pad: int) -> Rollouts:
-    """Rollouts of consecutive chunks of `batch` as one, padded to the longest completion."""
-    if len(parts) == 1:
-        return parts[0]
-    width = max(part.completion_ids.shape[-1] for part in parts)
-
-    def widen(tensor: Tensor, value: int) -> Tensor:
-        return nn.functional.pad(tensor, (0, width - tensor.shape[-1]), value=value)
-
-    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-    return Rollouts(
-        prompts=batch,
-        completion_ids=torch.cat([widen(part.completion_ids, pad) for part in parts]),
-        completion_mask=torch.cat([widen(part.completion_mask, False) for part in parts]),
-        texts=[texts for part in parts for texts in part.texts],
-        truncated=torch.cat([part.truncated for part in parts]),
-        logprobs=torch.cat([widen(logp, 0) for logp in logprobs]) if len(logprobs) == len(parts) else None,
-    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,8 @@ class Answer:
         answer_blocks: number of answer blocks in the text.
         parsed: the answer could be read as one of its kind (boxes, "No Objects", a label); None means: it has boxes,
             states that there is nothing, or has a label without problems.
-        problems: what was wrong with the text, in words; empty for a clean answer.
+        problems: what was wrong with the text, in words, each with a `kind` to count it by (see
+            :data:`rft_lightning.answers.PROBLEM_KINDS`); empty for a clean answer.
         points: [K', 2] float64 (x, y) in pixels of the original image, where the answer is written in points.
         num_tokens: length of the completion in tokens, its end of sequence included; None where it is not known.
         token_limit: most tokens that the completion could have; None where it is not known.
@@ -258,6 +260,8 @@ class PromptBatch:
         patch_counts: number of rows of ``pixel_values`` of each prompt: patches in the Qwen families, tiles in others.
         samples: the B samples, questions and solution texts filled in.
         frame: the frame in which the model writes coordinates.
+        waves: equal parts, behind one another, of which training rolls out the second and later ones only if the ones
+            before gave too few groups to learn from (dynamic sampling).
     """
 
     input_ids: Tensor
@@ -267,6 +271,7 @@ class PromptBatch:
     patch_counts: list[int]
     samples: list[Sample]
     frame: CoordinateFrame
+    waves: int = 1
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -285,20 +290,36 @@ class PromptBatch:
 
     def select(self, start: int, stop: int) -> PromptBatch:
         """Prompts `start` to `stop`, with the padding columns that none of them needs removed."""
-        mask = self.attention_mask[start:stop]
-        width = int(mask.sum(1).max()) if len(mask) else 0
-        columns = slice(mask.shape[1] - width, None)
         patches = slice(sum(self.patch_counts[:start]), sum(self.patch_counts[:stop]))
         images = slice(sum(self.image_counts[:start]), sum(self.image_counts[:stop]))
-        cuts = dict.fromkeys(TOKEN_TENSORS, (slice(start, stop), columns)) | {"pixel_values": (patches,)}
+        return self._cut(list(range(len(self)))[start:stop], slice(start, stop), patches, images)
+
+    def take(self, prompts: Sequence[int]) -> PromptBatch:
+        """The prompts of these numbers in this order; unlike :meth:`select` it copies their pictures."""
+        patches = _spans(self.patch_counts, prompts, self.input_ids.device)
+        images = _spans(self.image_counts, prompts, self.input_ids.device)
+        return self._cut(prompts, torch.tensor(prompts, device=self.input_ids.device), patches, images)
+
+    def _cut(self, prompts: Sequence[int], rows: Any, patches: Any, images: Any) -> PromptBatch:
+        """The prompts of these numbers; the others are the same choice as indices of tensors."""
+        mask = self.attention_mask[rows]
+        width = int(mask.sum(1).max()) if len(mask) else 0
+        columns = slice(mask.shape[1] - width, None)
+
+        def cut(name: str, tensor: Tensor) -> Tensor:
+            if name in TOKEN_TENSORS:
+                return tensor[rows][:, columns]
+            return tensor[patches if name == "pixel_values" else images]
+
         return replace(
             self,
-            input_ids=self.input_ids[start:stop, columns],
+            input_ids=self.input_ids[rows][:, columns],
             attention_mask=mask[:, columns],
-            vision={name: tensor[cuts.get(name, (images,))] for name, tensor in self.vision.items()},
-            image_counts=self.image_counts[start:stop],
-            patch_counts=self.patch_counts[start:stop],
-            samples=self.samples[start:stop],
+            vision={name: cut(name, tensor) for name, tensor in self.vision.items()},
+            image_counts=[self.image_counts[prompt] for prompt in prompts],
+            patch_counts=[self.patch_counts[prompt] for prompt in prompts],
+            samples=[self.samples[prompt] for prompt in prompts],
+            waves=1,
         )
 
     def chunks(self, size: int) -> list[PromptBatch]:
@@ -332,15 +353,23 @@ class Rollouts:
 
     def select(self, start: int, stop: int) -> Rollouts:
         """The groups of prompts `start` to `stop`, without the columns none of them needs."""
-        mask = self.completion_mask[start:stop]
+        return self._cut(self.prompts.select(start, stop), slice(start, stop), self.texts[start:stop])
+
+    def take(self, prompts: Sequence[int]) -> Rollouts:
+        """The groups of the prompts of these numbers in this order, without the columns none of them needs."""
+        rows = torch.tensor(prompts, device=self.completion_ids.device)
+        return self._cut(self.prompts.take(prompts), rows, [self.texts[prompt] for prompt in prompts])
+
+    def _cut(self, prompts: PromptBatch, rows: Any, texts: list[list[str]]) -> Rollouts:
+        mask = self.completion_mask[rows]
         width = max(1, int(mask.sum(-1).max())) if len(mask) else 0
         return Rollouts(
-            self.prompts.select(start, stop),
-            self.completion_ids[start:stop, :, :width],
+            prompts,
+            self.completion_ids[rows][:, :, :width],
             mask[..., :width],
-            self.texts[start:stop],
-            self.truncated[start:stop],
-            None if self.logprobs is None else self.logprobs[start:stop, :, :width],
+            texts,
+            self.truncated[rows],
+            None if self.logprobs is None else self.logprobs[rows][:, :, :width],
         )
 
 
@@ -364,6 +393,12 @@ class Prediction:
     def target(self) -> Target | None:
         """The sample's target."""
         return self.sample.target
+
+
+def _spans(counts: Sequence[int], prompts: Sequence[int], device: torch.device) -> Tensor:
+    """Rows of a tensor that holds `counts` rows per prompt, for these prompts in this order."""
+    starts = [0, *accumulate(counts)]
+    return torch.tensor([row for p in prompts for row in range(starts[p], starts[p + 1])], device=device)
 
 
 def _with_areas(boxes: BoxesLike | None, areas: Any) -> tuple[Tensor, Tensor]:

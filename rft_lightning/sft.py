@@ -29,6 +29,10 @@ class SFTModule(PolicyModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One optimiser step per mini-batch."""
+        if batch.waves > 1:
+            raise ConfigConflictError(
+                f"data.oversample is {batch.waves}, but supervised fine-tuning learns from every row: set it to 1."
+            )
         losses = []
         for mini in batch.chunks(self.mini_batch_prompts or len(batch)):
             if self.reached_max_steps():

@@ -17,6 +17,7 @@ from rft_lightning.boxes import (
     box_iou,
     match_greedy,
     match_hungarian,
+    pairwise_iou,
     valid_boxes,
     xywh_to_xyxy,
     xyxy_to_xywh,
@@ -70,6 +71,18 @@ def test_iou_by_hand():
     assert box_giou(truth, [[20, 0, 30, 10]]).item() == pytest.approx(-1 / 3)
 
 
+@settings(deadline=None)
+@given(box_lists(st.lists(CORNER, min_size=4, max_size=4)), box_lists(valid_box()))
+def test_pairwise_iou_is_box_iou_to_the_last_bit(a: Tensor, b: Tensor):
+    assert torch.equal(torch.from_numpy(pairwise_iou(a.numpy(), b.numpy())), box_iou(a, b))
+
+
+def test_pairwise_iou_of_boxes_as_large_as_numbers_go():
+    huge = torch.tensor([[-1e308, -1e308, 1e308, 1e308], [1e308, 1e308, -1e308, -1e308]], dtype=torch.float64)
+    truth = torch.tensor([[0, 0, 10, 10]], dtype=torch.float64)
+    assert pairwise_iou(huge.numpy(), truth.numpy()).tolist() == [[0], [0]]
+
+
 def test_float32_input_is_computed_in_float64():
     box = torch.tensor([[0, 0, 3, 3]], dtype=torch.float32)
     assert box_iou(box, [[0, 0, 1, 1]]).item() == 1 / 9
@@ -115,22 +128,32 @@ def test_greedy_matching(iou: Tensor, confidences: list[float], threshold: float
 
 
 @settings(deadline=None)
-@given(overlaps(most=4), st.sampled_from([0.0, 0.5]))
-def test_hungarian_matching(iou: Tensor, threshold: float):
-    matches = match_hungarian(iou, threshold)
+@given(overlaps(most=4))
+def test_hungarian_matching(gain: Tensor):
+    matches = match_hungarian(gain)
     taken = [column for column in matches if column >= 0]
-    assert len(matches) == len(iou)
+    assert len(matches) == len(gain)
     assert len(taken) == len(set(taken))
-    assert all(iou[row, column] > threshold for row, column in enumerate(matches) if column >= 0)
+    assert all(gain[row, column] > 0 for row, column in enumerate(matches) if column >= 0)
     # -1 stands for "no ground truth": as many of them as there are predictions.
-    columns = [*range(iou.shape[1]), *[-1] * len(iou)]
+    columns = [*range(gain.shape[1]), *[-1] * len(gain)]
     sums = [
-        sum(
-            float(iou[row, column]) for row, column in enumerate(choice) if column >= 0 and iou[row, column] > threshold
-        )
-        for choice in set(permutations(columns, len(iou)))
+        sum(float(gain[row, column]) for row, column in enumerate(choice) if column >= 0)
+        for choice in set(permutations(columns, len(gain)))
     ]
-    assert sum(float(iou[row, column]) for row, column in enumerate(matches) if column >= 0) == pytest.approx(max(sums))
+    assert sum(float(gain[row, column]) for row, column in enumerate(matches) if column >= 0) == pytest.approx(
+        max(sums)
+    )
+
+
+@settings(deadline=None)
+@given(overlaps(), st.integers(0, 5))
+def test_hungarian_matching_does_not_see_a_row_of_zeros(gain: Tensor, place: int):
+    place = min(place, len(gain))
+    longer = torch.cat([gain[:place], gain.new_zeros(1, gain.shape[1]), gain[place:]])
+    matches = match_hungarian(longer)
+    assert matches.pop(place) == -1
+    assert matches == match_hungarian(gain)
 
 
 def test_greedy_and_hungarian_differ_where_the_confident_box_is_greedy():
@@ -140,9 +163,7 @@ def test_greedy_and_hungarian_differ_where_the_confident_box_is_greedy():
 
 
 def test_the_threshold_is_strict():
-    iou = torch.tensor([[0.5]], dtype=torch.float64)
-    assert match_greedy(iou, torch.ones(1)) == [-1]
-    assert match_hungarian(iou) == [-1]
+    assert match_greedy(torch.tensor([[0.5]], dtype=torch.float64), torch.ones(1)) == [-1]
 
 
 def test_one_confidence_per_prediction():

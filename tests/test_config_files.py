@@ -57,8 +57,17 @@ def parsed(*arguments: str) -> dict:
 
 
 def runnable() -> list[str]:
-    files = [file.relative_to(CONFIGS) for file in sorted(CONFIGS.rglob("*.yaml"))]
-    return [str(file) for file in files if "data:" in (CONFIGS / file).read_text(encoding="utf-8")]
+    files = sorted(CONFIGS.rglob("*.yaml"))
+    return [str(f.relative_to(CONFIGS)) for f in files if "class_path" in contents(f).get("data", {})]
+
+
+def contents(file: Path) -> dict:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def overlays(*, change_class: bool) -> list[str]:
+    files = sorted((CONFIGS / "method").glob("*.yaml"))
+    return [str(f.relative_to(CONFIGS)) for f in files if ("class_path" in contents(f)["model"]) == change_class]
 
 
 @pytest.mark.parametrize("file", runnable())
@@ -92,7 +101,23 @@ def test_the_command_line_wins_over_files_key_by_key():
     assert config["model"]["init_args"]["objective"]["init_args"]["epsilon"] == 0.2
 
 
-@pytest.mark.parametrize("overlay", sorted(str(f.relative_to(CONFIGS)) for f in (CONFIGS / "method").glob("*.yaml")))
+@pytest.mark.parametrize("overlay", overlays(change_class=False))
+def test_overlays_of_grpo_set_what_they_say_and_nothing_else(overlay):
+    task = ["--config", str(CONFIGS / "coco.yaml")]
+    config, plain = parsed(*task, "--config", str(CONFIGS / overlay)), parsed(*task)
+    stated = contents(CONFIGS / overlay)
+    for part in ("model", "data"):
+        settings = stated.get(part, {"init_args": {}})["init_args"]
+        objective = settings.pop("objective", {"init_args": {}})["init_args"]
+        found, expected = config[part]["init_args"], plain[part]["init_args"]
+        assert {**expected, **settings} == {**found, **({"objective": expected["objective"]} if objective else {})}
+        if objective:
+            expected = {**expected["objective"]["init_args"], **objective}
+            assert found["objective"] == {"class_path": "rft_lightning.GRPOObjective", "init_args": expected}
+        assert settings.keys() <= found.keys()
+
+
+@pytest.mark.parametrize("overlay", overlays(change_class=True))
 def test_overlays_that_change_a_class_leak_nothing(overlay):
     """SFT on top of a GRPO file keeps no rollout settings, and says every argument it shares."""
     config = parsed("--config", str(CONFIGS / "coco.yaml"), "--config", str(CONFIGS / overlay))

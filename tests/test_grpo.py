@@ -136,7 +136,7 @@ def test_the_last_good_checkpoint_stays_after_a_non_finite_loss(tiny_policy, mak
 
     module = grpo(tiny_policy)
     original = module.advantages
-    module.advantages = lambda scores, size: original(scores, size) * (torch.nan if module.global_step == 2 else 1.0)
+    module.advantages = lambda *args: original(*args) * (torch.nan if module.global_step == 2 else 1.0)
     callback = RolloutCheckpoint(every_n_steps=1, dirpath=str(tmp_path))
     with pytest.raises(NonFiniteError, match="Step 2"):
         make_trainer(4, callbacks=[callback]).fit(module, datamodule=data(tiny_policy))
@@ -164,9 +164,10 @@ def test_the_update_is_the_gradient_of_the_published_loss(tiny_policy, make_trai
     kept = {}
     original = module.update
 
-    def spy(rollouts, advantages):
-        kept["rollouts"], kept["advantages"] = rollouts, advantages
-        return original(rollouts, advantages)
+    def spy(mini_batches, advantages):
+        ((micro,),) = mini_batches
+        kept["rollouts"], kept["advantages"] = micro.rollouts, advantages
+        return original(mini_batches, advantages)
 
     module.update = spy
     make_trainer(1).fit(module, datamodule=data(tiny_policy))
@@ -330,7 +331,7 @@ def test_a_non_finite_loss_names_step_and_samples_and_keeps_the_weights(tiny_pol
     module = grpo(tiny_policy)
     module.configure_model()
     before = weights(module)
-    module.advantages = lambda scores, group_size: torch.full((len(scores.rewards),), torch.nan)
+    module.advantages = lambda scores, *args: torch.full((len(scores.rewards),), torch.nan)
     words = r"Step 0: the loss is nan.*gradients.*Samples of the step: shapes/0/train/"
     with pytest.raises(NonFiniteError, match=words):
         make_trainer(1).fit(module, datamodule=data(tiny_policy))
@@ -338,8 +339,8 @@ def test_a_non_finite_loss_names_step_and_samples_and_keeps_the_weights(tiny_pol
 
 
 def test_a_non_finite_reward_names_reward_and_sample(tiny_policy, make_trainer):
-    task = DetectionTask(rewards={"broken": lambda answer, target, *, rules, step: float("nan")})
-    with pytest.raises(NonFiniteError, match=r"'broken' returned nan for sample 'shapes/"):
+    task = DetectionTask(rewards={"broken": lambda answer, target: float("nan")}, failed_reward=None)
+    with pytest.raises(NonFiniteError, match=r"'broken'.* returned nan.* sample 'shapes/"):
         make_trainer(1).fit(grpo(tiny_policy), datamodule=data(tiny_policy, task=task))
 
 

@@ -49,6 +49,19 @@ def test_occurrences_count_over_the_global_batch():
     assert ranks[0] + ranks[1] == stream(3, 1, batch_size=8)[0]
 
 
+def test_waves_of_an_oversampled_batch_are_the_batches_of_the_stream():
+    """Wave w of batch n is batch n * O + w of a run without oversampling, on every rank; occurrences count over all."""
+    plain = [stream(23, 6, batch_size=2, seed=1, rank=rank, world_size=2) for rank in range(2)]
+    waves = [stream(23, 2, batch_size=2, seed=1, rank=rank, world_size=2, oversample=3) for rank in range(2)]
+    for rank in range(2):
+        assert [[row for row, _ in batch] for batch in waves[rank]] == [
+            [row for batch in plain[rank][number * 3 : number * 3 + 3] for row, _ in batch] for number in range(2)
+        ]
+    few = stream(3, 1, batch_size=2, oversample=4)[0]
+    assert sorted(few) == sorted({(row, n) for row, n in few})
+    assert len(RolloutBatchSampler(23, 2, oversample=3)) == 3
+
+
 def test_epochs_continue_the_stream():
     sampler = RolloutBatchSampler(7, 2, seed=0)
     assert len(sampler) == 3

@@ -395,8 +395,8 @@ def count_communication(policy, mesh):
 
 
 class BadOnRankOne(GRPO):
-    def advantages(self, scores, group_size):
-        return super().advantages(scores, group_size) + (float("nan") if self.global_rank == 1 else 0.0)
+    def advantages(self, *args):
+        return super().advantages(*args) + (float("nan") if self.global_rank == 1 else 0.0)
 
 
 def bad_loss(policy, folder):

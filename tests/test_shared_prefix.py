@@ -136,6 +136,23 @@ def test_entropies_and_temperature(family_folder, family, layout):
         assert (ours[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("layout", ["prefix_cache", "packed"])
+def test_entropies_have_a_gradient_where_it_is_asked_for(family_folder, layout):
+    folder = family_folder("qwen2_vl")
+    model, prompt = policy(folder, False, False), encoded(folder)
+    ids, mask = completions(len(prompt), 3)
+    settings = {"temperature": 0.6, "with_entropy": True, "entropy_gradient": True}
+    expected, expected_gradient = value_and_gradient(
+        model, lambda: plain_group_logprobs(model, prompt, ids, mask, **settings)[1], mask
+    )
+    found, gradient = value_and_gradient(
+        model, lambda: group_logprobs_and_entropies(model, prompt, ids, mask, forward=layout, **settings)[1], mask
+    )
+    assert (found - expected)[mask].abs().max() < 2e-5
+    assert relative(gradient, expected_gradient, gradient) < 1e-4
+    assert not group_logprobs_and_entropies(model, prompt, ids, mask, forward=layout)[1].requires_grad
+
+
 def test_eager_attention_gets_an_additive_mask(family_folder):
     """A bool mask would be added as 0 and 1."""
     folder = family_folder("qwen2_vl")

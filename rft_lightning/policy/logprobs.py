@@ -31,9 +31,8 @@ def token_logprobs(logits_RCV: Tensor, ids_RC: Tensor, *, temperature: float = 1
     return torch.stack(rows)
 
 
-@torch.no_grad()
 def token_entropies(logits_RCV: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of the next-token distribution at each position, in float32 and without gradient: [R, C]."""
+    """Entropy in nats of the next-token distribution at each position, in float32: [R, C]."""
     rows = []
     for logits_CV in logits_RCV:
         logp_CV = (logits_CV.float() / temperature).log_softmax(1)
@@ -49,6 +48,7 @@ def scoring_head(
     *,
     temperature: float,
     with_entropy: bool,
+    entropy_gradient: bool = False,
 ) -> Iterator[None]:
     """Inside, a forward of `model` returns log-probs where it would return logits: ``.logits`` is [M, K + 1].
 
@@ -62,6 +62,7 @@ def scoring_head(
         ids_MK: K token ids asked of each position.
         temperature: divides the logits.
         with_entropy: also compute the entropies.
+        entropy_gradient: with their gradient, as an entropy bonus needs it; costs memory and time in backward.
     """
     head = base_model(model).get_output_embeddings()
     own, project = vars(head).get("forward"), head.forward
@@ -72,7 +73,7 @@ def scoring_head(
         pieces = [
             checkpoint(
                 score_chunk, project, hidden_MD[i : i + size], ids_MK[i : i + size], temperature, with_entropy,
-                use_reentrant=False, preserve_rng_state=False,
+                entropy_gradient, use_reentrant=False, preserve_rng_state=False,
             )
             for i in range(0, max(1, len(hidden_MD)), size)
         ]  # fmt: skip
@@ -88,7 +89,12 @@ def scoring_head(
 
 
 def score_chunk(
-    project: Callable[[Tensor], Tensor], hidden_MD: Tensor, ids_MK: Tensor, temperature: float, with_entropy: bool
+    project: Callable[[Tensor], Tensor],
+    hidden_MD: Tensor,
+    ids_MK: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    entropy_gradient: bool = False,
 ) -> Tensor:
     """[M, K + 1] log-probs and, last, entropies of a few positions; their logits are made anew in backward."""
     logits_MV = project(hidden_MD).float()
@@ -96,9 +102,12 @@ def score_chunk(
         logits_MV = logits_MV / temperature
     normalizer_M1 = logits_MV.logsumexp(1, keepdim=True)
     logp_MK = logits_MV.gather(1, ids_MK) - normalizer_M1
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy_M1 = torch.zeros_like(normalizer_M1)
         if with_entropy:
             logp_MV = logits_MV - normalizer_M1
-            entropy_M1 = -logp_MV.exp().mul_(logp_MV).sum(1, keepdim=True)
+            probabilities_MV = logp_MV.exp()
+            # In place where nothing is kept for backward: one tensor of the vocabulary less.
+            weighted_MV = probabilities_MV * logp_MV if entropy_gradient else probabilities_MV.mul_(logp_MV)
+            entropy_M1 = -weighted_MV.sum(1, keepdim=True)
     return torch.cat([logp_MK, entropy_M1], 1)

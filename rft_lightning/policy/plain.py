@@ -21,6 +21,7 @@ def plain_group_logprobs(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of G completions of each of B prompts under the model.
 
@@ -31,6 +32,7 @@ def plain_group_logprobs(
         completion_mask: [B, G, C] True on tokens, False on padding.
         temperature: divides the logits; the one the completions were sampled with.
         with_entropy: also return the entropies.
+        entropy_gradient: with their gradient.
 
     Returns:
         log-probs [B, G, C] float32 (meaningless on padding), and entropies [B, G, C] or None.
@@ -54,5 +56,6 @@ def plain_group_logprobs(
     logp = token_logprobs(logits_NCV, flat_ids, temperature=temperature).view(groups, group_size, length)
     if not with_entropy:
         return logp, None
-    entropy = token_entropies(logits_NCV.detach(), temperature=temperature).view(groups, group_size, length)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropy = token_entropies(logits_NCV, temperature=temperature).view(groups, group_size, length)
     return logp, entropy

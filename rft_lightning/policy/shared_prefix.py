@@ -80,20 +80,25 @@ def group_logprobs_and_entropies(
     temperature: float = 1.0,
     forward: str = "auto",
     with_entropy: bool = True,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`group_logprobs`, with the entropies [B, G, C] in nats (no gradient, 0 on padding) or None."""
+    """As :func:`group_logprobs`, with the entropies [B, G, C] in nats (0 on padding) or None.
+
+    Entropies have no gradient unless `entropy_gradient` asks for it (an entropy bonus needs it).
+    """
     layout = choose_layout(model, forward)
     mask = completion_mask.bool()
     # Padding may hold ids that no embedding has, or placeholders of images: the prompt's last token stands for it.
     completion_ids = torch.where(mask, completion_ids, prompt.input_ids[:, -1, None, None])
+    entropies = {"with_entropy": with_entropy, "entropy_gradient": entropy_gradient}
     if layout == PLAIN:
-        logp, entropy = plain_group_logprobs(
-            model, prompt, completion_ids, mask, temperature=temperature, with_entropy=with_entropy
-        )
+        logp, entropy = plain_group_logprobs(model, prompt, completion_ids, mask, temperature=temperature, **entropies)
         return logp.masked_fill(~mask, 0), None if entropy is None else entropy.masked_fill(~mask, 0)
     run = _prefix_cache if layout == PREFIX_CACHE else _packed
-    both = run(model, prompt, completion_ids, mask, {"temperature": temperature, "with_entropy": with_entropy})
-    return both[..., 0], both[..., 1].detach() if with_entropy else None
+    both = run(model, prompt, completion_ids, mask, {"temperature": temperature, **entropies})
+    if not with_entropy:
+        return both[..., 0], None
+    return both[..., 0], both[..., 1] if entropy_gradient else both[..., 1].detach()
 
 
 def choose_layout(model: Any, forward: str = "auto") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from rft_lightning.rewards import published
 from rft_lightning.rewards.format import Rule, select_rule
@@ -40,7 +41,8 @@ def accuracy_reward(
 
 def normalise_label(label: str) -> str:
     """A class name in lower case, separators as one space, without punctuation at its ends."""
-    words = _SEPARATORS.sub(" ", label.lower())
+    # Names of folders may come with decomposed accents, models write composed ones.
+    words = _SEPARATORS.sub(" ", unicodedata.normalize("NFC", label).lower())
     # A pattern for "punctuation up to the end" would take quadratic time on a long run of it.
     return words.strip("".join({character for character in words if not character.isalnum()}))
 

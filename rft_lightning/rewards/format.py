@@ -1,9 +1,11 @@
-"""The reward for keeping to the format, and the choice of a rule set that all rewards share."""
+"""The rewards for keeping to the format, and the choice of a rule set that all rewards share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import combinations
 
+from rft_lightning.answers import TAGS
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.rewards import published
 from rft_lightning.sample import Answer, Target
@@ -39,13 +41,44 @@ def format_reward(answer: Answer, target: Target | None, *, rules: str = "strict
         0.0 or 1.0.
 
     Raises:
-        ValueError: unknown rules.
+        ConfigConflictError: (a ValueError) unknown rules.
     """
     return select_rule(_FORMAT, rules)(answer)
 
 
+def soft_format_reward(
+    answer: Answer, target: Target | None, *, rules: str = "strict", step: int | None = None
+) -> float:
+    """A quarter for each of the four tags that is in its place: a slope towards the format for a policy far from it.
+
+    In their places are the most tags, each of which occurs exactly once in the text, that stand in the order
+    ``<think>``, ``</think>``, ``<answer>``, ``</answer>``. Text around and between is allowed. A repeated tag earns
+    nothing, and what is in order without it was so before, so that repetition never pays. The paper and the published
+    code have no such reward: all three rule sets compute the same. Applies to every kind of target.
+
+    Args:
+        answer: the completion; only its text is read.
+        target: not read.
+        rules: strict, paper or published_code.
+        step: not read.
+
+    Returns:
+        0.0, 0.25, 0.5, 0.75 or 1.0.
+
+    Raises:
+        ConfigConflictError: (a ValueError) unknown rules.
+    """
+    return select_rule(_SOFT, rules)(answer)
+
+
 def _strict(answer: Answer) -> float:
     return float(answer.well_formed)
+
+
+def _soft(answer: Answer) -> float:
+    places = [answer.text.find(tag) for tag in TAGS if answer.text.count(tag) == 1]
+    chosen = (some for count in range(len(places) + 1) for some in combinations(places, count))
+    return max(len(some) for some in chosen if list(some) == sorted(some)) / len(TAGS)
 
 
 _FORMAT: dict[str, Rule] = {
@@ -53,3 +86,4 @@ _FORMAT: dict[str, Rule] = {
     "paper": published.format_reward,
     "published_code": published.format_reward,
 }
+_SOFT: dict[str, Rule] = dict.fromkeys(_FORMAT, _soft)

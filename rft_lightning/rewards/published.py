@@ -2,16 +2,30 @@
 
 Written from a description of its behaviour, for runs that are to be compared with published ones; nobody should train
 with these by choice. Everything is computed on the text of the completion and the text of the solution, in the numbers
-written there. The repository first asks math-verify whether the whole completion and the whole solution are equal and
-then pays 1 (in detection that happens whenever the first y1 of both agree); this shortcut is left out for now.
+written there.
+
+Accuracy and both detection rewards begin with a shortcut: where math-verify finds the whole completion and the whole
+solution equal, they pay 1. It looks for the first number behind the word "answer" that follows a blank, which in the
+published spelling of a box is y1: a wrong box with the right y1 earns everything. math-verify is an optional package
+(the extra ``published-code``); without it there is no shortcut, and a warning says so once. The same holds outside of
+the main thread, where its limit of five seconds, an alarm, cannot be set: without one, a completion as short as
+"9^9^9" is evaluated for ever.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+from rft_lightning.errors import ConfigConflictError
 from rft_lightning.sample import Answer, Target
 
 _FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
@@ -21,6 +35,11 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _CORNERS = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 
 _Box = tuple[float, float, float, float]
+
+
+def math_verify_available() -> bool:
+    """Whether math-verify can be imported; without it the rewards here lack their shortcut."""
+    return _math_verify() is not None
 
 
 def format_reward(answer: Answer, target: Target | None = None) -> float:
@@ -35,23 +54,30 @@ def accuracy_reward(answer: Answer, target: Target) -> float:
     """1 if answer or solution contains the other, without spaces and underscores and in lower case, else 0.
 
     The empty answer is contained in every solution. An answer over several lines counts with its tags and its thought.
+    1 too where the shortcut applies, which takes a label with a number behind a blank.
 
     Raises:
-        ValueError: the target has no solution_text.
+        ConfigConflictError: (a ValueError) the target has no solution_text.
     """
-    said, right = (_class_name(text) for text in (answer.text, _solution(target)))
+    solution = _solution(target)
+    if _verified(answer.text, solution):
+        return 1.0
+    said, right = _class_name(answer.text), _class_name(solution)
     return float(said in right or right in said)
 
 
 def detection_iou_reward(answer: Answer, target: Target) -> float:
     """Sum of matched IoU / max(number of true boxes, number of predictions), at most 1.
 
-    0 if any entry is malformed in a way that is noticed, if the answer spans lines, and if it has no boxes.
+    1 where the shortcut applies, in practice if the first y1 of both is the same. Otherwise 0 if any entry is malformed
+    in a way that is noticed, if the answer spans lines, and if it has no boxes.
 
     Raises:
-        ValueError: the target has no solution_text.
+        ConfigConflictError: (a ValueError) the target has no solution_text.
     """
     solution = _solution(target)
+    if _verified(answer.text, solution):
+        return 1.0
     try:
         results, n_gt = _match(answer.text, solution)
         total, _ = _sums(results)
@@ -63,14 +89,16 @@ def detection_iou_reward(answer: Answer, target: Target) -> float:
 
 
 def detection_confidence_reward(answer: Answer, target: Target) -> float:
-    """Mean over the predictions of c where matched and 1 - c where not, clamped to [0, 1]; 0 as for the IoU.
+    """Mean over the predictions of c where matched and 1 - c where not, clamped to [0, 1]; 1 and 0 as for the IoU.
 
     NaN if the model wrote ``NaN`` as a confidence: both comparisons of the clamp are false then.
 
     Raises:
-        ValueError: the target has no solution_text.
+        ConfigConflictError: (a ValueError) the target has no solution_text.
     """
     solution = _solution(target)
+    if _verified(answer.text, solution):
+        return 1.0
     try:
         results, _ = _match(answer.text, solution)
         _, total = _sums(results)
@@ -89,7 +117,7 @@ def giou_reward(answer: Answer, target: Target) -> float:
     leaves [0, 2] without bound. Of several boxes, the first corners of the first two are read as one box.
 
     Raises:
-        ValueError: the target has no solution_text.
+        ConfigConflictError: (a ValueError) the target has no solution_text.
     """
     said, right = (_grounding_text(text) for text in (answer.text, _solution(target)))
     if said == right:
@@ -106,7 +134,7 @@ def grounding_iou_reward(answer: Answer, target: Target) -> float:
     From the published evaluation (its mIoU); the training code has no IoU reward for grounding. 0 if there is no box.
 
     Raises:
-        ValueError: the target has no solution_text.
+        ConfigConflictError: (a ValueError) the target has no solution_text.
     """
     solution = _solution(target)
     try:
@@ -119,11 +147,64 @@ def grounding_iou_reward(answer: Answer, target: Target) -> float:
 
 def _solution(target: Any) -> str:
     if target.solution_text is None:
-        raise ValueError(
+        raise ConfigConflictError(
             "rules='published_code' compares texts, but the target's solution_text is None. Let the PromptEncoder fill "
             "it, or set it to task.solution(target, frame)."
         )
     return target.solution_text
+
+
+def _verified(text: str, solution: str) -> bool:
+    """The shortcut: whether math-verify finds both texts equal."""
+    functions = _math_verify()
+    if functions is None:
+        _warn_once(
+            "math-verify is not installed: rules='published_code' are computed without the shortcut of the published "
+            "rewards, so they are not theirs. Run `pip install 'rft_lightning[published-code]'`."
+        )
+        return False
+    if threading.current_thread() is not threading.main_thread():
+        _warn_once(
+            "Outside of the main thread math-verify cannot limit its time: rules='published_code' are computed without "
+            "the shortcut of the published rewards. Score in the main thread."
+        )
+        return False
+    parse, verify = functions
+    try:
+        with _alarm_restored():
+            return float(verify(parse(text), parse(solution))) > 0
+    # As in the published code: what math-verify cannot take is not equal.
+    except Exception:
+        return False
+
+
+@cache
+def _math_verify() -> tuple[Callable, Callable] | None:
+    """Its parse and verify; imported when first needed, since it takes sympy with it."""
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        return None
+    return parse, verify
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+@contextmanager
+def _alarm_restored() -> Iterator[None]:
+    """Set the alarm of whoever waits for one (a test's time limit, say) again: those of math-verify replace it."""
+    start = time.monotonic()
+    seconds, interval = signal.getitimer(signal.ITIMER_REAL)
+    try:
+        yield
+    finally:
+        if seconds > 0:
+            # One that has come due meanwhile rings now; 0 would switch it off.
+            left = max(seconds - (time.monotonic() - start), 1e-6)
+            signal.setitimer(signal.ITIMER_REAL, left, interval)
 
 
 def _class_name(text: str) -> str:

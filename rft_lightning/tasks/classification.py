@@ -58,6 +58,8 @@ class ClassificationTask(Task):
         return f"This looks like {target.label}."
 
     def read(self, text: str, frame: CoordinateFrame, image_size: tuple[int, int]) -> Answer:
-        answer = read_text(text)[0]
-        answer.parsed = answer.label is not None and answer.answer_blocks == 1
+        """The label; parsed if it stands in the one answer block and that block is closed, so that none is cut off."""
+        answer, parsed = read_text(text)
+        closed = all(problem.kind != "answer_not_closed" for problem in parsed.problems)
+        answer.parsed = answer.label is not None and answer.answer_blocks == 1 and closed
         return answer

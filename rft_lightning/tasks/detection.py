@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rft_lightning.answers import ParsedAnswer, Problem
 from rft_lightning.boxes import valid_boxes
 from rft_lightning.frames import CoordinateFrame
 from rft_lightning.rewards import detection_confidence_reward, detection_iou_reward, format_reward
@@ -49,27 +50,37 @@ class DetectionTask(Task):
         return f"I see {len(target.boxes)} {target.category}."
 
     def read(self, text: str, frame: CoordinateFrame, image_size: tuple[int, int]) -> Answer:
-        answer, boxes, confidences = read_text(text)
-        return with_boxes(answer, boxes, confidences, frame, image_size)
+        """All boxes and points that are written; a box without area or outside of the frame stays, as a wrong one."""
+        answer, parsed = read_text(text)
+        answer = with_points(with_boxes(answer, parsed, frame, image_size), parsed, frame, image_size)
+        answer.parsed = len(answer.boxes) > 0 or bool(answer.no_objects)
+        return answer
 
 
-def with_boxes(
-    answer: Answer,
-    boxes: list[list[float]],
-    confidences: list[float],
-    frame: CoordinateFrame,
-    image_size: tuple[int, int],
-) -> Answer:
+def with_boxes(answer: Answer, parsed: ParsedAnswer, frame: CoordinateFrame, image_size: tuple[int, int]) -> Answer:
     """Put the boxes as written into `answer`, in pixels, with confidences clamped to [0, 1].
 
-    A box without area stays: dropping it would make a wrong box free.
+    A box without area stays, and so does one outside of the frame: dropping them would make wrong boxes free.
     """
-    answer.boxes = frame.to_pixels(boxes, image_size)
-    answer.confidences = torch.tensor(confidences, dtype=torch.float64).clamp(0, 1)
+    answer.boxes = frame.to_pixels(parsed.boxes, image_size)
+    answer.confidences = torch.tensor(parsed.confidences, dtype=torch.float64).clamp(0, 1)
     flat = int((~valid_boxes(answer.boxes)).sum())
     if flat:
-        answer.problems += (f"{flat} boxes without area (x1 >= x2 or y1 >= y2)",)
-    answer.parsed = len(boxes) > 0 or bool(answer.no_objects)
+        answer.problems += (Problem("box_without_area", f"{flat} boxes without area (x1 >= x2 or y1 >= y2)"),)
+    outside = int((~frame.inside(parsed.boxes, image_size)).sum())
+    if outside:
+        answer.problems += (Problem("box_outside_frame", f"{outside} boxes leave the frame"),)
+    return answer
+
+
+def with_points(answer: Answer, parsed: ParsedAnswer, frame: CoordinateFrame, image_size: tuple[int, int]) -> Answer:
+    """Put the points as written into `answer`, in pixels; one outside of the frame is dropped."""
+    corners = [[*point, *point] for point in parsed.points]  # to the frame, a point is a box without extent
+    inside = frame.inside(corners, image_size)
+    answer.points = frame.to_pixels(corners, image_size)[inside, :2]
+    outside = int((~inside).sum())
+    if outside:
+        answer.problems += (Problem("point_outside_frame", f"{outside} points outside of the frame, dropped"),)
     return answer
 
 

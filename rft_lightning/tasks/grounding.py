@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from rft_lightning.answers import ParsedAnswer, Problem
 from rft_lightning.boxes import valid_boxes
 from rft_lightning.frames import CoordinateFrame
 from rft_lightning.rewards import format_reward, giou_reward
 from rft_lightning.sample import Answer, GroundingTarget, Target
 from rft_lightning.tasks.base import Reward, Task, read_text
-from rft_lightning.tasks.detection import solution_size, with_boxes
+from rft_lightning.tasks.detection import solution_size, with_boxes, with_points
 
 
 class GroundingTask(Task):
@@ -39,12 +42,23 @@ class GroundingTask(Task):
         return f"I look for {target.expression}."
 
     def read(self, text: str, frame: CoordinateFrame, image_size: tuple[int, int]) -> Answer:
-        """The first box that is written; one that is inverted or leaves the frame is no answer."""
-        answer, boxes, confidences = read_text(text)
-        if not boxes:
+        """The first box that is written, and the points; a box that is inverted or leaves the frame is no answer."""
+        answer, parsed = read_text(text)
+        answer = with_points(answer, parsed, frame, image_size)
+        first = replace(parsed, boxes=parsed.boxes[:1], confidences=parsed.confidences[:1])
+        problem = _problem(first, frame, image_size)
+        if problem is not None:
+            answer.problems += (problem,)
             return answer
-        first = frame.to_pixels(boxes[:1], image_size)
-        if not bool(frame.inside(boxes[:1], image_size)[0]) or not bool(valid_boxes(first)[0]):
-            answer.problems += (f"box {boxes[0]} is inverted or leaves the frame",)
-            return answer
-        return with_boxes(answer, boxes[:1], confidences[:1], frame, image_size)
+        answer = with_boxes(answer, first, frame, image_size)
+        answer.parsed = len(answer.boxes) > 0 or len(answer.points) > 0
+        return answer
+
+
+def _problem(parsed: ParsedAnswer, frame: CoordinateFrame, image_size: tuple[int, int]) -> Problem | None:
+    """What makes the one box useless, if anything does."""
+    if not bool(frame.inside(parsed.boxes, image_size).all()):
+        return Problem("box_outside_frame", f"box {parsed.boxes[0]} leaves the frame, dropped")
+    if not bool(valid_boxes(frame.to_pixels(parsed.boxes, image_size)).all()):
+        return Problem("box_without_area", f"box {parsed.boxes[0]} has x1 >= x2 or y1 >= y2, dropped")
+    return None
