@@ -4,19 +4,23 @@
 
 Completions are written by a program: as many boxes as the picture has objects, each a few units off. `spread` puts the
 objects anywhere, `heaped` puts all of them in one place, where every box overlaps with every object: the worst case of
-matching. Printed are medians over rounds in milliseconds of processor time for the whole batch (one thread; others on
-the machine hardly disturb it), the exponent with which the time grows from one number of boxes to the next (2 is the
-square), and the share of a training step.
+matching. Printed are medians over rounds in milliseconds of processor time for the whole batch (one thread), the
+exponent with which the time grows from one number of boxes to the next (2 is the square), and the share of a training
+step of the quickstart, which is run for a few steps to measure one.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +35,7 @@ from rft_lightning.tasks import DetectionTask
 
 FRAME, SIZE = CoordinateFrame(), (640, 480)
 KINDS = ("spread", "heaped")
+QUICKSTART_STEPS = 12
 
 
 # The completions ------------------------------------------------------------------------------------------------------
@@ -84,6 +89,20 @@ def measure(kind: str, count: int, arguments: argparse.Namespace) -> dict[str, f
     return {"parse_ms": statistics.median(parsing), "score_ms": statistics.median(scoring)}
 
 
+def quickstart_step() -> float:
+    """Seconds of a training step of the quickstart: the median of a few, after the first."""
+    config = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+    options = {"--trainer.max_steps": QUICKSTART_STEPS, "--trainer.limit_val_batches": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "rft_lightning", "fit", "-c", str(config)]
+        command += [str(word) for option in options.items() for word in option]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        (log,) = Path(folder).rglob("metrics.csv")
+        with open(log, encoding="utf-8", newline="") as lines:
+            times = [float(row["train/step_time"]) for row in csv.DictReader(lines) if row.get("train/step_time")]
+    return statistics.median(times[1:])
+
+
 def with_growth(found: dict[int, dict[str, float]], step_seconds: float) -> dict[int, dict[str, float]]:
     """The same with the exponent of growth since the previous size (NaN for the first) and the share of a step."""
     before: tuple[int, float] | None = None
@@ -105,19 +124,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--boxes", type=int, nargs="+", default=[3, 5, 10, 20, 40, 80, 160], help="ascending")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rules", choices=("strict", "paper"), default="strict")
-    parser.add_argument(
-        "--step-seconds", type=float, default=2.0, help="time of a training step; the quickstart's is about 2 seconds"
-    )
+    parser.add_argument("--step-seconds", type=float, help="time of a training step; measured where it is not given")
     found = parser.parse_args(arguments)
     if found.boxes != sorted(set(found.boxes)) or found.boxes[0] < 1:
         parser.error(f"Expected numbers of boxes that ascend from 1 or more, found {found.boxes}.")
-    if found.step_seconds <= 0 or found.completions < 1 or found.rounds < 1:
+    if (found.step_seconds is not None and found.step_seconds <= 0) or found.completions < 1 or found.rounds < 1:
         parser.error("Expected step-seconds, completions and rounds above 0.")
     return found
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """All measurements; the keys below a kind are numbers of boxes."""
+    if arguments.step_seconds is None:
+        arguments.step_seconds = quickstart_step()
     return {
         "machine": {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__},
         "settings": {name: value for name, value in vars(arguments).items() if name != "output"},
@@ -136,7 +155,7 @@ def table(results: dict[str, Any]) -> str:
     settings = results["settings"]
     lines = [
         f"{settings['completions']} completions, rewards {', '.join(results['rewards'])}, rules {settings['rules']}; "
-        f"a step takes {settings['step_seconds']:g} s"
+        f"a step takes {settings['step_seconds']:.3g} s"
     ]
     for kind in KINDS:
         lines.append(

@@ -7,10 +7,11 @@ Nothing here knows pixels; :class:`rft_lightning.frames.CoordinateFrame` turns w
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 ProblemKind = Literal[
     "no_answer_block",
@@ -33,7 +34,6 @@ ProblemKind = Literal[
 PROBLEM_KINDS: tuple[ProblemKind, ...] = get_args(ProblemKind)
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_WELL_FORMED = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 
 # Models trained on Chinese text write full-width brackets, digits and commas, and typographic quotes.
 _TO_ASCII = {0xFF01 + offset: 0x21 + offset for offset in range(94)} | str.maketrans(
@@ -144,18 +144,22 @@ def parse_answer(text: str) -> ParsedAnswer:
     label = _read_label(text, parsed.problems)
     if label:
         parsed.label = label
-        content = label.translate(_TO_ASCII)
+        content = label if label.isascii() else label.translate(_TO_ASCII)
         parsed.no_objects = _says_no_objects(content)
         # An entry that names a box and was dropped must not come back, with confidence 1, as a plain list.
-        if not _read_entries(content, parsed):
+        if not _read_clean_entries(content, parsed) and not _read_entries(content, parsed):
             _read_bare(content, parsed)
     parsed.problems = _capped(parsed.problems)
     return parsed
 
 
 def _is_well_formed(text: str) -> bool:
-    # Counting first keeps the pattern linear: repeated tags would make it try every pair of them.
-    return all(text.count(tag) == 1 for tag in TAGS) and _WELL_FORMED.fullmatch(text.strip()) is not None
+    text = text.strip()
+    if not (text.startswith("<think>") and text.endswith("</answer>") and all(text.count(tag) == 1 for tag in TAGS)):
+        return False
+    # What remains of the order: the thought ends before the answer begins, and nothing but whitespace is between.
+    between = text[text.index("</think>") + len("</think>") : text.index("<answer>")]
+    return between.isspace() if between else text.index("</think>") < text.index("<answer>")
 
 
 def _think_span(text: str) -> tuple[int, int, int, int] | None:
@@ -204,8 +208,40 @@ def _read_label(text: str, problems: list[Problem]) -> str:
 
 
 def _says_no_objects(content: str) -> bool:
+    if "{" in content:
+        return False
     words = " ".join(_FENCE.sub("", content).strip(" \t\r\n.\"'`").lower().split())
     return words in ("no object", "no objects", "none") or words.replace(" ", "") == "[]"
+
+
+def _read_clean_entries(content: str, parsed: ParsedAnswer) -> bool:
+    """Entries exactly as the question asks for them, which most are, in a fraction of the time; False for others.
+
+    Whatever the slower way would read differently, or report, is left to it.
+    """
+    if not content.startswith("[{") or "\\" in content:
+        return False
+    numbers: list[Any] = []
+    try:
+        for (position, box), (confidence, value) in _JSON.decode(content.replace("'", '"')):
+            if position != "Position" or confidence != "Confidence" or len(box) != 4:
+                return False
+            numbers += (*box, value)
+        if not set(map(type, numbers)) <= {int, float} or max(map(abs, numbers)) > _MAX_NUMBER:
+            return False
+    except (ValueError, TypeError, RecursionError):
+        return False
+    parsed.boxes = [numbers[start : start + 4] for start in range(0, len(numbers), 5)]
+    parsed.confidences = list(map(float, numbers[4::5]))
+    return True
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
+# Pairs, since a dict would keep the last of two equal keys; NaN and Infinity are no JSON.
+_JSON = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=_refuse)
 
 
 def _read_entries(content: str, parsed: ParsedAnswer) -> bool:

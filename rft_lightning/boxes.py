@@ -89,11 +89,14 @@ def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     # Corners may be as large as float64 allows; an infinite area is an overlap of 0, and nothing to warn of.
     with np.errstate(over="ignore", invalid="ignore"):
-        sides = np.minimum(a[:, None, 2:], b[:, 2:]) - np.maximum(a[:, None, :2], b[:, :2])
+        a, b = a.T[:, :, None], np.ascontiguousarray(b.T)[:, None]  # both axes at once: half as many calls
+        sides = np.minimum(a[2:], b[2:])
+        sides -= np.maximum(a[:2], b[:2])
         np.maximum(sides, 0, out=sides)
-        intersection = sides[:, :, 0] * sides[:, :, 1]
-        (aw, ah), (bw, bh) = (a[:, 2:] - a[:, :2]).T, (b[:, 2:] - b[:, :2]).T
-        union = (aw * ah)[:, None] + bw * bh - intersection
+        intersection = sides[0] * sides[1]
+        (aw, ah), (bw, bh) = a[2:] - a[:2], b[2:] - b[:2]
+        union = aw * ah + bw * bh
+        union -= intersection
         return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
 
 
@@ -119,12 +122,20 @@ def match_greedy(iou: ArrayLike, confidences: ArrayLike, threshold: float = 0.5)
     matches = [-1] * len(overlaps)
     if overlaps.size == 0:
         return matches
-    free = np.where(overlaps > threshold, overlaps, -np.inf)
+    best, enough = overlaps.argmax(1).tolist(), (overlaps.max(1) > threshold).tolist()
+    taken: list[int] = []
     for prediction in (-certain).argsort(kind="stable").tolist():
-        truth = int(free[prediction].argmax())
-        if free[prediction, truth] > threshold:
-            matches[prediction] = truth
-            free[:, truth] = -np.inf
+        truth = best[prediction]
+        if not enough[prediction]:
+            continue
+        if truth in taken:  # few are: only these look at their row again
+            row = overlaps[prediction].copy()
+            row[taken] = -np.inf
+            truth = int(row.argmax())
+            if not row[truth] > threshold:
+                continue
+        matches[prediction] = truth
+        taken.append(truth)
     return matches
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -53,7 +54,7 @@ class CoordinateFrame:
 
     def to_pixels(self, boxes: BoxesLike, image_size: tuple[int, int]) -> Tensor:
         """Boxes [K, 4] as written -> float64 xyxy in pixels of the original image; nothing is clipped."""
-        pixels, units = self._sides(image_size)
+        pixels, units = _sides(self, image_size and (image_size[0], image_size[1]))
         return as_boxes(boxes) * pixels / units  # in this order the frame's border is the picture's, exactly
 
     def from_pixels(self, boxes: BoxesLike, image_size: tuple[int, int]) -> Tensor:
@@ -63,7 +64,7 @@ class CoordinateFrame:
         its middle lies in, so that a small object does not vanish, and neither corner moves by more than a unit.
         """
         size = self.size(image_size)
-        pixels, units = self._sides(image_size)
+        pixels, units = _sides(self, image_size and (image_size[0], image_size[1]))
         boxes = as_boxes(boxes) * units / pixels
         written = boxes.round().long()
         for axis, extent in enumerate(size):
@@ -76,19 +77,21 @@ class CoordinateFrame:
 
     def inside(self, boxes: BoxesLike, image_size: tuple[int, int]) -> Tensor:
         """[K] True where a box as written lies within the frame."""
-        width, height = self.size(image_size)
+        _, units = _sides(self, image_size and (image_size[0], image_size[1]))
         boxes = as_boxes(boxes)
-        limit = torch.tensor([width, height, width, height], dtype=torch.float64)
-        return ((boxes >= 0) & (boxes <= limit)).all(1)
+        return ((boxes >= 0) & (boxes <= units)).all(1)
 
     def describe(self) -> str:
         """The range in the words of the question; a numeric range is stated for relative frames only."""
         return f"between 0 and {self.extent}, integer" if self.kind == "relative" else "in pixels of the image, integer"
 
-    def _sides(self, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Width, height, width, height of the image in pixels, and of the frame in its units."""
-        size = self.size(image_size)
-        if image_size is None:
-            raise ValueError("Expected the image size in pixels, found None; set image_size=(width, height).")
-        pixels, units = torch.tensor([[*image_size, *image_size], [*size, *size]], dtype=torch.float64)
-        return pixels, units
+
+# Every answer to a question asks for the same; nobody writes into the tensors.
+@lru_cache(maxsize=64)
+def _sides(frame: CoordinateFrame, image_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    """Width, height, width, height of the image in pixels, and of the frame in its units."""
+    size = frame.size(image_size)
+    if image_size is None:
+        raise ValueError("Expected the image size in pixels, found None; set image_size=(width, height).")
+    pixels, units = torch.tensor([[*image_size, *image_size], [*size, *size]], dtype=torch.float64)
+    return pixels, units

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.kl import KL_ESTIMATORS, kl_estimate
+from rft_lightning.kl import kl_estimate
+from rft_lightning.objective_options import LOSS_TYPES, check_options
 from rft_lightning.objective_statistics import (
     CLIP_MEANS,
     Tokens,
@@ -25,42 +26,6 @@ from rft_lightning.objective_statistics import (
     token_statistics,
 )
 
-# Each loss type with what its summed loss is divided by: the number of completions or of tokens.
-LOSS_TYPES = {
-    "grpo": "completions",
-    "bnpo": "tokens",
-    "dr_grpo": "completions",
-    "dapo": "tokens",
-    "cispo": "tokens",
-    "sapo": "completions",
-    "luspo": "completions",
-    "vespo": "tokens",
-}
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "loss_type": tuple(LOSS_TYPES),
-    "importance_sampling_level": ("token", "sequence"),
-    "kl_estimator": KL_ESTIMATORS,
-    "kl_placement": ("loss", "reward"),
-    "sampler_correction": (None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
-}
-RANGES = {
-    "beta": (">= 0", lambda x: 0 <= x < math.inf),
-    "epsilon": (">= 0 and < 1", lambda x: 0 <= x < 1),
-    "epsilon_high": (">= 0", lambda x: 0 <= x < math.inf),
-    "delta": ("> 1", lambda x: x > 1),
-    "max_completion_length": (">= 1", lambda x: x >= 1),
-    "entropy_coef": (">= 0", lambda x: 0 <= x < math.inf),
-    "top_entropy_quantile": ("between 0 and 1", lambda x: 0 <= x <= 1),
-    "off_policy_mask_threshold": (">= 0", lambda x: x >= 0),
-    "sampler_correction_max": ("> 0", lambda x: x > 0),
-    "sampler_correction_min": (">= 0", lambda x: x >= 0),
-    "sapo_temperature_pos": ("> 0", lambda x: 0 < x < math.inf),
-    "sapo_temperature_neg": ("> 0", lambda x: 0 < x < math.inf),
-    "vespo_k_pos": (">= 0", lambda x: 0 <= x < math.inf),
-    "vespo_lambda_pos": ("> 0", lambda x: 0 < x < math.inf),
-    "vespo_k_neg": (">= 0", lambda x: 0 <= x < math.inf),
-    "vespo_lambda_neg": ("> 0", lambda x: 0 < x < math.inf),
-}
 # exp beyond these bounds of a log-ratio would overflow, or vanish, in vespo's product of ratios; TRL's bounds.
 LOG_RATIO_MIN, LOG_RATIO_MAX = math.log(1e-8), 20.0
 
@@ -167,45 +132,12 @@ class GRPOObjective(nn.Module):
         self.sapo_temperature_pos, self.sapo_temperature_neg = sapo_temperature_pos, sapo_temperature_neg
         self.vespo_k_pos, self.vespo_lambda_pos = vespo_k_pos, vespo_lambda_pos
         self.vespo_k_neg, self.vespo_lambda_neg = vespo_k_neg, vespo_lambda_neg
-        self._check_options()
+        check_options(self)
         if loss_type == "cispo" and epsilon_high is None:
             warnings.warn(
                 f"cispo caps the ratio itself at epsilon_high, which is null and so epsilon={epsilon}: no token gets "
                 "more than that weight. Set epsilon_high; 5.0 is what ScaleRL (arXiv 2510.13786) advises.",
                 stacklevel=2,
-            )
-
-    def _check_options(self) -> None:
-        """Raise for an option that is out of its range, or contradicts another."""
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                known = ", ".join("null" if choice is None else choice for choice in choices)
-                raise ConfigConflictError(f"Expected {name} to be one of {known}, found {getattr(self, name)!r}.")
-        for name, (expected, valid) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not valid(value):
-                raise ConfigConflictError(f"Expected {name} {expected}, found {value}.")
-        if self.kl_placement == "reward" and self.use_bias_correction_kl:
-            raise ConfigConflictError(
-                "use_bias_correction_kl corrects the gradient of a KL term in the loss, and kl_placement is reward; "
-                "set one of them back."
-            )
-        if self.sampler_correction is None:
-            return
-        low, high = self.sampler_correction_min, self.sampler_correction_max
-        if low is not None and high is not None and low >= high:
-            raise ConfigConflictError(
-                f"Expected sampler_correction_min below sampler_correction_max, found {low} and {high}."
-            )
-        if low is None and high is None and self.sampler_correction.endswith("truncate"):
-            raise ConfigConflictError(
-                f"sampler_correction {self.sampler_correction} needs sampler_correction_max or sampler_correction_min, "
-                "found neither."
-            )
-        if self.loss_type == "vespo" and self._corrects_sequences:
-            raise ConfigConflictError(
-                f"vespo multiplies the corrections of tokens, found sampler_correction {self.sampler_correction}; "
-                "take token_truncate or token_mask."
             )
 
     @property

@@ -9,7 +9,7 @@ Shape legend: B prompts, G completions per prompt, P prompt tokens, C completion
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,9 @@ TOKEN_TENSORS = ("mm_token_type_ids", "token_type_ids")
 
 BoxesLike = Tensor | Sequence[Sequence[float]] | Sequence[float]
 
+# What an answer has none of; nothing can be written into them.
+_NO_BOXES, _NO_POINTS, _NO_NUMBERS = (torch.zeros(shape, dtype=torch.float64) for shape in ((0, 4), (0, 2), (0,)))
+
 
 def as_boxes(boxes: BoxesLike | None) -> Tensor:
     """Any box list (or one bare box of 4 numbers, or None) as a float64 tensor [K, 4].
@@ -41,13 +44,13 @@ def as_boxes(boxes: BoxesLike | None) -> Tensor:
     if boxes is None:
         return torch.zeros(0, 4, dtype=torch.float64)
     tensor = torch.as_tensor(boxes, dtype=torch.float64)
+    if tensor.ndim == 2 and tensor.shape[1] == 4:
+        return tensor
     if tensor.numel() == 0:
         return tensor.new_zeros(0, 4)
-    if tensor.ndim == 1:
-        tensor = tensor[None]
-    if tensor.ndim != 2 or tensor.shape[1] != 4:
-        raise ValueError(f"Expected boxes of shape [K, 4] (x1, y1, x2, y2 in pixels), found {list(tensor.shape)}.")
-    return tensor
+    if tensor.ndim == 1 and len(tensor) == 4:
+        return tensor[None]
+    raise ValueError(f"Expected boxes of shape [K, 4] (x1, y1, x2, y2 in pixels), found {list(tensor.shape)}.")
 
 
 @dataclass
@@ -166,15 +169,15 @@ class Answer:
 
     text: str = ""
     label: str | None = None
-    boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4, dtype=torch.float64))
-    confidences: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    boxes: Tensor = _NO_BOXES
+    confidences: Tensor = _NO_NUMBERS
     thought: str | None = None
     well_formed: bool = False
     no_objects: bool | None = None
     answer_blocks: int = 1
     parsed: bool | None = None
     problems: tuple[str, ...] = ()
-    points: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.float64))
+    points: Tensor = _NO_POINTS
     num_tokens: int | None = None
     token_limit: int | None = None
     truncated: bool = False
@@ -183,15 +186,16 @@ class Answer:
         self.boxes = as_boxes(self.boxes)
         self.points = torch.as_tensor(self.points, dtype=torch.float64).reshape(-1, 2)
         confidences = torch.as_tensor(self.confidences, dtype=torch.float64).reshape(-1)
-        if len(confidences) == 0 and len(self.boxes) > 0:
-            confidences = torch.ones(len(self.boxes), dtype=torch.float64)
-        if len(confidences) != len(self.boxes):
-            raise ValueError(f"Expected one confidence per box, found {len(confidences)} for {len(self.boxes)} boxes.")
+        count = len(self.boxes)
+        if len(confidences) == 0 and count:
+            confidences = torch.ones(count, dtype=torch.float64)
+        if len(confidences) != count:
+            raise ValueError(f"Expected one confidence per box, found {len(confidences)} for {count} boxes.")
         self.confidences = confidences
         if self.no_objects is None:
-            self.no_objects = not self.text and self.label is None and len(self.boxes) == 0
+            self.no_objects = not self.text and self.label is None and count == 0
         if self.parsed is None:
-            self.parsed = len(self.boxes) > 0 or self.no_objects or bool(self.label and not self.problems)
+            self.parsed = count > 0 or self.no_objects or bool(self.label and not self.problems)
 
 
 @dataclass

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rft_lightning import answers
 from rft_lightning.answers import PROBLEM_KINDS, ParsedAnswer, Problem, parse_answer
 from rft_lightning.frames import CoordinateFrame
 from rft_lightning.sample import Answer
@@ -527,6 +528,33 @@ def test_a_rendered_answer_comes_back(thought: str, found: list[tuple[list[float
     assert parsed.no_objects is not bool(found)
     assert parsed.well_formed
     assert parsed.problems == []
+
+
+EDITS = [*FRAGMENTS, "Infinity", "null", "true", "1e999", "1" + "0" * 5000, "\\", "\\u0031", "01", "-0", "1.", ", {}"]
+EDITS += [
+    "'Position': [5, 5, 6, 6], ",
+    "'Confidence': 1, ",
+    "'label': 'cat', ",
+    "{'Position': 1234, 'Confidence': 1}, ",
+]
+
+
+@settings(deadline=None, max_examples=400)
+@given(BOXES, st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3), st.sampled_from(EDITS)), max_size=3))
+def test_the_shorter_way_of_reading_clean_entries_reads_what_the_longer_one_does(found, edits):
+    text = str([{"Position": box, "Confidence": confidence} for box, confidence in found])
+    for place, deleted, edit in edits:
+        start = int(place * len(text))
+        text = text[:start] + edit + text[start + deleted :]
+    shorter = answered(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "_read_clean_entries", lambda *arguments: False)
+        assert repr(answered(text)) == repr(shorter)
+
+
+def test_clean_entries_take_the_shorter_way(monkeypatch):
+    monkeypatch.setattr(answers, "_read_entries", None)
+    assert answered(str([{"Position": [1, 2.5, 3, 4], "Confidence": 0.9}] * 2)).boxes == [[1, 2.5, 3, 4]] * 2
 
 
 @settings(deadline=None)

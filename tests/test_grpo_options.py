@@ -10,7 +10,7 @@ from rft_lightning.control import AdaptiveEntropy, AdaptiveKL
 from rft_lightning.datamodules import ShapesDataModule
 from rft_lightning.dynamic_sampling import choose_groups
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.objectives import LOSS_TYPES
+from rft_lightning.objective_options import LOSS_TYPES
 from rft_lightning.sample import Rollouts
 from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask
 

@@ -11,7 +11,8 @@ import torch
 
 from rft_lightning.advantages import group_advantages
 from rft_lightning.control import AdaptiveEntropy
-from rft_lightning.objectives import LOSS_TYPES, GRPOObjective
+from rft_lightning.objective_options import LOSS_TYPES
+from rft_lightning.objectives import GRPOObjective
 
 
 @cache

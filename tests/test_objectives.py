@@ -5,7 +5,8 @@ import torch
 
 from rft_lightning.advantages import group_advantages
 from rft_lightning.kl import KL_ESTIMATORS, kl_estimate, sequence_kl
-from rft_lightning.objectives import LOSS_TYPES, GRPOObjective, entropy_threshold
+from rft_lightning.objective_options import LOSS_TYPES
+from rft_lightning.objectives import GRPOObjective, entropy_threshold
 
 NAN = float("nan")
 

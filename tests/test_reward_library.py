@@ -6,10 +6,8 @@ Pictures are 1000 x 1000, the unit is the pixel.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import io
-import json
 import math
 import re
 from collections.abc import Callable
@@ -573,22 +571,3 @@ def test_the_published_code_has_no_options(reward: Callable, options: dict):
     with pytest.raises(ConfigConflictError, match=f"takes no options.*{next(iter(options))}"):
         reward(Answer(), None, rules="published_code", **options)
     assert reward(Answer(), None, rules="published_code") is None
-
-
-def test_the_benchmark_of_rewards_runs(tmp_path, capsys):
-    file = Path(__file__).parent.parent / "benchmarks" / "rewards.py"
-    spec = importlib.util.spec_from_file_location("benchmark_of_rewards", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sizes = ["--boxes", "1", "3", "--completions", "2", "--rounds", "1", "--step-seconds", "4"]
-    module.main([*sizes, "--output", f"{tmp_path}/o"])
-    results = json.loads((tmp_path / "o").read_text())
-    assert results["rewards"] == ["format", "iou", "confidence"]
-    for kind in ("spread", "heaped"):
-        for row in results[kind].values():
-            assert row["share_of_step"] == pytest.approx((row["parse_ms"] + row["score_ms"]) / 4000)
-    assert "a step takes 4 s" in capsys.readouterr().out
-    # What is timed is what a good answer needs: it is read and earns.
-    texts, target = module.make_batch("spread", 3, 2)
-    for answer in module.read(texts, module.DetectionTask()):
-        assert detection_iou_reward(answer, target) > 0.5

@@ -28,6 +28,8 @@ def threshold_at(threshold: Threshold, step: int | None, *, name: str = "thresho
     Raises:
         ConfigConflictError: a number out of range, a key that is no step, or no number for step 0.
     """
+    if type(threshold) is float and 0 <= threshold < 1:  # nearly all are, in every call of every reward
+        return threshold
     if not isinstance(threshold, Mapping):
         return _checked(threshold, name, closed)
     by_step = {_step(key, name): _checked(value, name, closed) for key, value in threshold.items()}

@@ -5,9 +5,8 @@ Shape legend: K predictions, M true boxes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -26,9 +25,6 @@ MAX_PREDICTIONS = 300
 # What decides between assignments of the same total IoU. Far below any difference in IoU that pixels can express.
 _CONFIDENCE_GAIN = 1e-12
 
-_Box = tuple[float, ...]
-_Row = tuple[_Box, float]
-
 
 @dataclass(frozen=True, slots=True)
 class Scene:
@@ -44,6 +40,7 @@ class Scene:
 
     confidences: np.ndarray
     iou: np.ndarray
+    _matches: dict[tuple[Matching, float], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @property
     def n_pred(self) -> int:
@@ -66,6 +63,11 @@ class Scene:
         Returns:
             [K] IoU of each prediction with its match, 0 where unmatched, and [K] bool whether it is matched.
         """
+        if (matching, threshold) not in self._matches:
+            self._matches[matching, threshold] = self._match(matching, threshold)
+        return self._matches[matching, threshold]
+
+    def _match(self, matching: Matching, threshold: float) -> tuple[np.ndarray, np.ndarray]:
         if matching == "greedy":
             columns = np.array(match_greedy(self.iou, self.confidences, threshold))
         else:
@@ -103,14 +105,16 @@ def score_scene(
     Returns:
         `score` clamped to [0, 1], or the value of a case above.
     """
-    if len(answer.boxes) == 0:
-        return float(true_negative) if answer.no_objects and len(target.boxes) == 0 else 0.0
-    if hardened and len(target.boxes) == 0:
+    boxes, truths = answer.boxes.numpy(force=True), target.boxes.numpy(force=True)
+    if len(boxes) == 0:
+        return float(true_negative) if answer.no_objects and len(truths) == 0 else 0.0
+    if hardened and len(truths) == 0:
         return 0.0
-    rows = _predictions(answer, distinct=hardened)
-    if not rows or (hardened and len(rows) > max(MAX_PREDICTIONS, 2 * len(target.boxes))):
+    confidences = answer.confidences.numpy(force=True)
+    scene = _scene(boxes.tobytes(), confidences.tobytes(), truths.tobytes(), hardened)
+    if scene is None or (hardened and scene.n_pred > max(MAX_PREDICTIONS, 2 * scene.n_gt)):
         return 0.0
-    return min(1.0, max(0.0, float(score(_scene(tuple(rows), tuple(map(tuple, target.boxes.tolist())))))))
+    return min(1.0, max(0.0, float(score(scene))))
 
 
 def best_total(gain: np.ndarray) -> float:
@@ -121,27 +125,34 @@ def best_total(gain: np.ndarray) -> float:
     return sum(gain[row, column] for row, column in enumerate(match_hungarian(gain)) if column >= 0)
 
 
-def _predictions(answer: Answer, *, distinct: bool) -> list[_Row]:
-    """(box, confidence) of the finite predictions; `distinct`: each box once."""
-    found = zip(map(tuple, answer.boxes.tolist()), answer.confidences.tolist(), strict=True)
-    rows = [
-        (box, min(1.0, max(0.0, confidence)))
-        for box, confidence in found
-        if math.isfinite(confidence) and all(map(math.isfinite, box))
-    ]
-    # Of equal keys a dict keeps the value that comes last.
-    return list(dict(sorted(rows)).items()) if distinct else sorted(rows)
-
-
 # The rewards of a task look at the same answer one after the other.
 @lru_cache(maxsize=2)
-def _scene(rows: tuple[_Row, ...], truths: tuple[_Box, ...]) -> Scene:
-    boxes = np.array([box for box, _ in rows], dtype=np.float64)
-    confidences = np.array([confidence for _, confidence in rows], dtype=np.float64)
-    iou = pairwise_iou(boxes, np.array(truths, dtype=np.float64).reshape(-1, 4))
-    # The rows are sorted by coordinates already, and lexsort keeps the order of what is equal.
-    order = np.lexsort((-iou.max(1, initial=0.0), -confidences))
+def _scene(boxes_bytes: bytes, confidences_bytes: bytes, truths_bytes: bytes, distinct: bool) -> Scene | None:
+    """The scene of float64 boxes [K, 4], confidences [K] and true boxes [M, 4]; None without a finite prediction.
+
+    An answer is small, and its time goes into the number of calls; hence the few, in this order.
+    """
+    boxes, truths = (np.frombuffer(data).reshape(-1, 4) for data in (boxes_bytes, truths_bytes))
+    boxes, confidences = boxes + 0.0, np.frombuffer(confidences_bytes)  # -0.0 and 0.0 are one corner
+    if not (np.isfinite(boxes).all() and np.isfinite(confidences).all()):
+        finite = np.isfinite(boxes).all(1) & np.isfinite(confidences)
+        boxes, confidences = boxes[finite], confidences[finite]
+    confidences = np.minimum(np.maximum(confidences, 0), 1)
+    if not len(boxes):
+        return None
+    iou = pairwise_iou(boxes, truths)
+    x1, y1, x2, y2 = boxes.T
+    order = np.lexsort((y2, x2, y1, x1, -iou.max(1, initial=0.0), -confidences))
+    if distinct:
+        order = order[_first_of_each(boxes[order])]
     scene = Scene(confidences[order], iou[order])
     scene.confidences.setflags(write=False)
     scene.iou.setflags(write=False)
     return scene
+
+
+def _first_of_each(boxes: np.ndarray) -> np.ndarray | slice:
+    """Index of the rows that are no copy of an earlier one."""
+    data = boxes.tobytes()
+    first = {data[start : start + 32]: row for row, start in reversed(list(enumerate(range(0, len(data), 32))))}
+    return slice(None) if len(first) == len(boxes) else np.array(sorted(first.values()))
