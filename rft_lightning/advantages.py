@@ -68,7 +68,7 @@ def group_advantages(
             ``normalize_then_sum`` with another baseline than ``group``.
         NonFiniteError: a reward is infinite.
     """
-    _check_choice("scale", scale, SCALES)
+    _check_choice("scale (the model's scale_rewards)", scale, SCALES)
     _check_choice("baseline", baseline, BASELINES)
     _check_choice("aggregation", aggregation, AGGREGATIONS)
     rewards_BGK = _grouped(rewards, group_size)

@@ -122,10 +122,13 @@ class AdaptiveEntropy:
         """Begin a run with this coefficient.
 
         Raises:
-            ConfigConflictError: it is negative.
+            ConfigConflictError: it is negative, or above `maximum`.
         """
-        if not 0 <= value < math.inf:
-            raise ConfigConflictError(f"AdaptiveEntropy: expected an entropy_coef >= 0 to start from, found {value}.")
+        if not 0 <= value <= self.maximum:
+            raise ConfigConflictError(
+                f"AdaptiveEntropy: expected to start from an entropy_coef between 0 and its maximum {self.maximum}, "
+                f"found {value}."
+            )
         self.coefficient, self.last_entropy = float(value), math.inf
 
     def update(self, measured: float, completions: int) -> None:

@@ -51,7 +51,8 @@ def roll_out_waves(
 def choose_groups(informative: Sequence[bool], size: int) -> list[int]:
     """The first `size` informative groups, in order; where there are fewer, the first others beside them.
 
-    So every process makes optimiser steps of the same size; the advantages of the others are zero.
+    So every process makes optimiser steps of the same size. The advantages of the others are zero, as each baseline
+    that dynamic sampling is allowed with is a group's own.
     """
     ranked = sorted(range(len(informative)), key=lambda group: not informative[group])
     return sorted(ranked[:size])

@@ -5,6 +5,7 @@ Shape legend: B prompts, G completions per prompt, N = B*G, C completion tokens,
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from rft_lightning.policy.sampling import Sampling
 from rft_lightning.policy.shared_prefix import group_logprobs_and_entropies
 from rft_lightning.policy_module import PolicyModule
 from rft_lightning.rollout_batches import BatchCounts, MicroBatch, count_tokens, cut, join_rollouts
-from rft_lightning.run_statistics import Clock, is_count, length_statistics, over_processes
+from rft_lightning.run_statistics import Clock, is_count, length_statistics
 from rft_lightning.sample import PromptBatch, Rollouts
 from rft_lightning.scoring import Scores, join_scores, score_rollouts, statistics
 
@@ -104,7 +105,8 @@ class GRPOModule(PolicyModule):
         }
         group_advantages(torch.zeros(group_size), group_size, **self.advantage_settings)  # refuses what is unknown
         self.mask_truncated_completions = mask_truncated_completions
-        self.objective = objective if objective is not None else GRPOObjective()
+        # Copied, since it is told this module's length limit.
+        self.objective = GRPOObjective() if objective is None else copy.deepcopy(objective)
         self._set_up_objective(kl_controller, entropy_controller)
         self._logged: set[str] = set()
         # Outside the module tree: no optimiser, checkpoint or train() reaches the reference model.
@@ -118,6 +120,11 @@ class GRPOModule(PolicyModule):
             raise ConfigConflictError(
                 "objective.kl_placement reward subtracts the KL from the sum of the rewards, but aggregation "
                 "normalize_then_sum has no such sum. Set kl_placement: loss, or aggregation: sum_then_normalize."
+            )
+        if self.objective.sampler_correction is not None and self.rollout_engine != "native":
+            raise ConfigConflictError(
+                f"objective.sampler_correction needs the log-probs that the sampler saw, and rollout_engine "
+                f"{self.rollout_engine} reports none. Set rollout_engine: native, or sampler_correction: null."
             )
         if (baseline, scale) == ("batch", "group"):
             raise ConfigConflictError(
@@ -182,6 +189,11 @@ class GRPOModule(PolicyModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Roll out, score, update."""
+        if batch.waves > 1 and self.advantage_settings["baseline"] == "batch":
+            raise ConfigConflictError(
+                f"data.oversample is {batch.waves}: dynamic sampling leaves out groups whose answers are rewarded "
+                "alike, but with baseline batch they teach as well. Set oversample to 1, or another baseline."
+            )
         clock = Clock()
 
         def sample(wave: PromptBatch) -> tuple[Rollouts, Scores]:
@@ -193,9 +205,10 @@ class GRPOModule(PolicyModule):
 
         pad = self.processor.tokenizer.pad_token_id
         rollouts, scores, chosen, waves = roll_out_waves(batch, sample, self._informative, pad)
-        values = {**length_statistics(rollouts), **statistics(scores, self.group_size)}
+        everyone = join_scores(gather_objects(scores.to("cpu")))
+        values = {**length_statistics(rollouts), **statistics(everyone, self.group_size)}
         if batch.waves > 1:
-            informative = float(self._informative(scores).float().mean())
+            informative = float(self._informative(everyone).float().mean())
             values |= {"dynamic_sampling/waves": waves, "dynamic_sampling/informative": informative}
             rollouts, scores = rollouts.take(chosen), scores.take(self._rows(chosen))
         mini_batches = cut(
@@ -331,7 +344,7 @@ class GRPOModule(PolicyModule):
     def _mini_step(self, mini: list[MicroBatch], advantages_N: Tensor, counts: BatchCounts) -> dict[str, Tensor]:
         share = sum(len(micro.mask) for micro in mini) / counts.completions
         coefficients = {name: controller.value for name, controller in self.controllers.items()}
-        collected: list[tuple[dict[str, Tensor], float, float]] = []
+        collected: list[tuple[dict[str, Tensor], int, int]] = []
 
         def loss_of(micro: MicroBatch) -> Tensor:
             logp, entropy = self._logprobs(
@@ -353,24 +366,22 @@ class GRPOModule(PolicyModule):
                 entropy_threshold=counts.entropy_threshold,
                 **coefficients,
             )
-            collected.append((stats, len(micro.mask), float(count_tokens([micro.mask]))))
+            collected.append((stats, len(micro.mask), int(count_tokens([micro.mask]))))
             return loss
 
         names = [sample.id for micro in mini for sample in micro.rollouts.prompts.samples]
         loss = self.optimiser_step(mini, loss_of, names)
-        statistics = self.objective.combine_statistics(collected)
-        self._adapt(statistics, mini)
-        return {"loss": loss, **statistics}
-
-    def _adapt(self, statistics: dict[str, Tensor], mini: list[MicroBatch]) -> None:
-        """Tell the controllers what the step measured on all processes."""
-        if not self.controllers:
-            return
-        own = {name: value.cpu() for name, value in statistics.items()}
-        completions = sum(len(micro.mask) for micro in mini)
-        parts = gather_objects((own, completions, float(count_tokens([micro.mask for micro in mini]))))
+        own = [({name: x.cpu() for name, x in stats.items()}, count, tokens) for stats, count, tokens in collected]
+        everyone = gather_objects((loss.cpu(), own))
+        parts = [part for _, parts in everyone for part in parts]
         measured = self.objective.combine_statistics(parts)
-        completions = sum(completions for _, completions, _ in parts)
+        self._adapt(measured, sum(completions for _, completions, _ in parts), sum(tokens for *_, tokens in parts))
+        return {"loss": torch.stack([loss for loss, _ in everyone]).mean(), **measured}
+
+    def _adapt(self, measured: dict[str, Tensor], completions: int, tokens: int) -> None:
+        """Tell the controllers what the step measured on all processes; without a token that counts, nothing."""
+        if not tokens:
+            return
         if "beta" in self.controllers:
             self.controllers["beta"].update(float(measured["kl"]), completions)
         if "entropy_coef" in self.controllers:
@@ -399,13 +410,12 @@ class GRPOModule(PolicyModule):
         return logp_BGC.flatten(0, 1), None if entropy_BGC is None else entropy_BGC.flatten(0, 1)
 
     def _log_batch(self, values: dict[str, float], size: int) -> None:
-        """One value per rollout batch, over all processes."""
+        """One value per rollout batch; `values` are those of all processes."""
         shown = {"reward", "kl", "completions/mean_length", "time/rollout", "time/update"}
-        combined = over_processes(values)
         # Lightning would repeat the last value of what occurs now and then.
-        missing = {name: 0.0 if is_count(name) else math.nan for name in self._logged - combined.keys()}
-        self._logged |= combined.keys()
-        for name, value in {**combined, **missing}.items():
+        missing = {name: 0.0 if is_count(name) else math.nan for name in self._logged - values.keys()}
+        self._logged |= values.keys()
+        for name, value in {**values, **missing}.items():
             self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=size)
         for name, controller in self.controllers.items():
             self.log(f"train/{name}", controller.value)

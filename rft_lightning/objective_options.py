@@ -40,10 +40,18 @@ RANGES = {
     "sapo_temperature_pos": ("> 0", lambda x: 0 < x < math.inf),
     "sapo_temperature_neg": ("> 0", lambda x: 0 < x < math.inf),
     "vespo_k_pos": (">= 0", lambda x: 0 <= x < math.inf),
-    "vespo_lambda_pos": ("> 0", lambda x: 0 < x < math.inf),
+    "vespo_lambda_pos": (">= 1e-4", lambda x: 1e-4 <= x < math.inf),  # TRL's bound
     "vespo_k_neg": (">= 0", lambda x: 0 <= x < math.inf),
-    "vespo_lambda_neg": ("> 0", lambda x: 0 < x < math.inf),
+    "vespo_lambda_neg": (">= 1e-4", lambda x: 1e-4 <= x < math.inf),
 }
+# What may be None, for no bound.
+OPTIONAL = (
+    "delta",
+    "max_completion_length",
+    "off_policy_mask_threshold",
+    "sampler_correction_max",
+    "sampler_correction_min",
+)
 
 
 def check_options(objective: Any) -> None:
@@ -61,8 +69,10 @@ def check_options(objective: Any) -> None:
             raise ConfigConflictError(f"Expected {name} to be one of {known}, found {getattr(objective, name)!r}.")
     for name, (expected, valid) in RANGES.items():
         value = getattr(objective, name)
-        if value is not None and not valid(value):
-            raise ConfigConflictError(f"Expected {name} {expected}, found {value}.")
+        if value is None and name in OPTIONAL:
+            continue
+        if not isinstance(value, int | float) or not valid(value):
+            raise ConfigConflictError(f"Expected {name} {expected}, found {value!r}.")
     if objective.kl_placement == "reward" and objective.use_bias_correction_kl:
         raise ConfigConflictError(
             "use_bias_correction_kl corrects the gradient of a KL term in the loss, and kl_placement is reward; "

@@ -28,6 +28,8 @@ from rft_lightning.objective_statistics import (
 
 # exp beyond these bounds of a log-ratio would overflow, or vanish, in vespo's product of ratios; TRL's bounds.
 LOG_RATIO_MIN, LOG_RATIO_MAX = math.log(1e-8), 20.0
+# Most numbers that torch.quantile takes.
+QUANTILE_LIMIT = 2**24
 
 
 class GRPOObjective(nn.Module):
@@ -51,7 +53,8 @@ class GRPOObjective(nn.Module):
     ============  ==================================================  ============================================
 
     The semantics are those of TRL 1.16, option by option. ``bnpo`` and ``dapo`` differ there in whose tokens are
-    counted, the micro-batch's or everybody's; here that is the caller's choice, by `normalizer`.
+    counted, the micro-batch's or everybody's; here that is the caller's choice, by `normalizer`, and GRPOModule counts
+    everybody's for both.
 
     Args:
         loss_type: see above.
@@ -157,7 +160,7 @@ class GRPOObjective(nn.Module):
     def divisor(
         self, completions: Tensor | float, tokens: Tensor | float, *, width: int | None = None
     ) -> Tensor | float:
-        """What the summed loss of so many completions with so many tokens is divided by; at least 1.
+        """What the summed loss of so many completions with so many tokens is divided by; 1 where there are none.
 
         Given as `normalizer` to every micro-batch of an optimiser step (counts over all ranks, divided by the number
         of ranks where gradients are averaged over them), their losses add up to the whole step's.
@@ -176,7 +179,7 @@ class GRPOObjective(nn.Module):
             if limit is None:
                 raise ConfigConflictError("dr_grpo divides by max_completion_length, found null; set it.")
             count = count * limit
-        return _at_least_one(count)
+        return _or_one(count)
 
     def forward(
         self,
@@ -244,7 +247,7 @@ class GRPOObjective(nn.Module):
         loss = summed / (local if normalizer is None else normalizer)
         if coefficient > 0 and tokens.entropy is not None:
             count = acting_NC.sum() if token_count is None else token_count
-            loss = loss - coefficient * (tokens.entropy * acting_NC).sum() / _at_least_one(count)
+            loss = loss - coefficient * (tokens.entropy * acting_NC).sum() / _or_one(count)
         if self.entropy_coef > 0 or entropy_coef is not None:
             stats["policy_loss"] = summed.detach() / local
         stats |= token_statistics(tokens, kl_NC, acting_NC if self.top_entropy_quantile < 1 else None)
@@ -381,19 +384,21 @@ def entropy_threshold(entropy: Tensor, mask: Tensor, top_entropy_quantile: float
     """The entropy from which a token is among the `top_entropy_quantile` of highest entropy.
 
     Args:
-        entropy: entropies in nats, of any shape and number (torch.quantile takes at most 2**24).
+        entropy: entropies in nats, of any shape and number.
         mask: true on the tokens to count, of that shape.
         top_entropy_quantile: the share to keep.
 
     Returns:
         a scalar, interpolated between entropies as torch.quantile does; infinite without any token.
     """
-    ordered = entropy.detach()[mask.bool()].sort().values
-    ordered = ordered.to(torch.promote_types(ordered.dtype, torch.float32))
-    if not len(ordered):
-        return ordered.new_tensor(math.inf)
-    # Rounded, so that 0.8 * 5 falls on the fifth entropy and not beside it.
-    rank = round((1 - top_entropy_quantile) * (len(ordered) - 1), 6)
+    values = entropy.detach()[mask.bool()]
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    if not len(values):
+        return values.new_tensor(math.inf)
+    if len(values) <= QUANTILE_LIMIT:
+        return torch.quantile(values, 1 - top_entropy_quantile)
+    ordered = values.sort().values
+    rank = (1 - top_entropy_quantile) * (len(ordered) - 1)
     below = int(rank)
     return torch.lerp(ordered[below], ordered[min(below + 1, len(ordered) - 1)], rank - below)
 
@@ -403,5 +408,6 @@ def _where(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     return torch.where(condition, torch.full_like(condition, yes, dtype=like.dtype), no)
 
 
-def _at_least_one(count: Tensor | float) -> Tensor | float:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+def _or_one(count: Tensor | float) -> Tensor | float:
+    """The count, which may be a share of one, or 1 where nothing was counted."""
+    return count + (count == 0)

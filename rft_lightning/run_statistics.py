@@ -25,17 +25,21 @@ class Clock:
         self._last = now
 
     def statistics(self) -> dict[str, float]:
-        """``step_time`` and ``time/<phase>``."""
-        return {"step_time": sum(self.seconds.values()), **{f"time/{name}": s for name, s in self.seconds.items()}}
+        """``step_time`` and ``time/<phase>``, means over all processes."""
+        everyone = gather_objects(self.seconds)
+        means = {phase: sum(seconds[phase] for seconds in everyone) / len(everyone) for phase in self.seconds}
+        return {"step_time": sum(means.values()), **{f"time/{phase}": mean for phase, mean in means.items()}}
 
 
 def length_statistics(rollouts: Rollouts) -> dict[str, float]:
-    """Lengths of completions in tokens, and the share that the length limit cut off.
+    """Lengths of completions in tokens, and the share that the length limit cut off, over all processes.
 
     ``terminated`` lengths are those of completions that ended by themselves; NaN where none did.
     """
-    lengths = rollouts.completion_mask.sum(-1).flatten().float().cpu()
-    truncated = rollouts.truncated.flatten().cpu()
+    own = rollouts.completion_mask.sum(-1).flatten().cpu(), rollouts.truncated.flatten().cpu()
+    everyone = gather_objects(own)
+    lengths = torch.cat([lengths for lengths, _ in everyone]).float()
+    truncated = torch.cat([truncated for _, truncated in everyone])
     ended = lengths[~truncated] if not bool(truncated.all()) else torch.tensor([math.nan])
     return {
         "completions/mean_length": float(lengths.mean()),
@@ -51,27 +55,3 @@ def length_statistics(rollouts: Rollouts) -> dict[str, float]:
 def is_count(name: str) -> bool:
     """Whether a statistic counts what occurs now and then, so that a batch without it has 0 of it."""
     return name.startswith("parse_problems/") or name.endswith("/failed")
-
-
-def over_processes(values: dict[str, float]) -> dict[str, float]:
-    """Statistics of all processes as one, from those that have a number: ranks of a mixture may hold other rewards.
-
-    Means over processes, but extremes of what is named ``min`` or ``max``, and sums of what is named ``failed``.
-    """
-    gathered = gather_objects(values)
-    names = dict.fromkeys(name for local in gathered for name in local)
-    combined = {}
-    for name in names:
-        absent = 0.0 if is_count(name) else math.nan
-        numbers = [number for number in (local.get(name, absent) for local in gathered) if not math.isnan(number)]
-        combined[name] = _combine(name, numbers) if numbers else math.nan
-    return combined
-
-
-def _combine(name: str, numbers: list[float]) -> float:
-    words = name.rsplit("/", 1)[-1].split("_")
-    if "min" in words:
-        return min(numbers)
-    if "max" in words:
-        return max(numbers)
-    return sum(numbers) if words == ["failed"] else sum(numbers) / len(numbers)

@@ -100,7 +100,7 @@ def test_controllers_can_be_named_in_yaml():
         (lambda: AdaptiveEntropy(target=-1), "target >= 0"),
         (lambda: AdaptiveEntropy(delta=0), "delta > 0"),
         (lambda: AdaptiveEntropy(minimum=0.5, maximum=0.1), "minimum <= maximum"),
-        (lambda: AdaptiveEntropy().start(-0.1), "entropy_coef >= 0"),
+        (lambda: AdaptiveEntropy().start(-0.1), "entropy_coef between 0 and its maximum 1.0, found -0.1"),
     ],
 )
 def test_errors_say_what_was_expected(make, words):

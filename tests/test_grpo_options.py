@@ -220,11 +220,41 @@ def test_adaptive_coefficients_move_are_logged_and_survive_a_resume(tiny_policy,
             "subtracts the KL from the sum",
         ),
         ({"objective": GRPOObjective(beta=0), "kl_controller": AdaptiveKL(target=0.1)}, "cannot start from 0"),
+        (
+            {"objective": GRPOObjective(sampler_correction="token_mask"), "rollout_engine": "hf"},
+            "rollout_engine hf reports none. Set rollout_engine: native",
+        ),
     ],
 )
 def test_contradictions_are_refused(tiny_policy, arguments, words):
     with pytest.raises(ConfigConflictError, match=words):
         grpo(tiny_policy, **arguments)
+
+
+def test_a_step_without_a_token_that_counts_moves_no_coefficient(tiny_policy, make_trainer):
+    class Truncating(GRPOModule):
+        def roll_out(self, batch, **settings):
+            rollouts = super().roll_out(batch, **settings)
+            rollouts.truncated[:] = True
+            return rollouts
+
+    module = Truncating(
+        tiny_policy, group_size=3, max_completion_length=6, optimizer=sgd, mask_truncated_completions=True,
+        objective=GRPOObjective(beta=0.04, entropy_coef=0.02),
+        kl_controller=AdaptiveKL(target=0.05, horizon=24), entropy_controller=AdaptiveEntropy(target=0.2),
+    )  # fmt: skip
+    make_trainer(2).fit(module, datamodule=data(tiny_policy))
+    assert {name: controller.coefficient for name, controller in module.controllers.items()} == {
+        "beta": 0.04,
+        "entropy_coef": 0.02,
+    }
+
+
+def test_an_objective_may_be_given_to_two_modules(tiny_policy):
+    objective = GRPOObjective(loss_type="dr_grpo")
+    limits = [grpo(tiny_policy, objective=objective, max_completion_length=limit).objective for limit in (8, 64)]
+    assert [limit.max_completion_length for limit in limits] == [8, 64]
+    assert objective.max_completion_length is None
 
 
 # Advantages
@@ -351,3 +381,9 @@ def test_supervised_fine_tuning_refuses_waves(tiny_policy, make_trainer):
 
     with pytest.raises(ConfigConflictError, match=r"oversample is 2.*set it to 1"):
         make_trainer(1).fit(SFTModule(tiny_policy), datamodule=data(tiny_policy, oversample=2))
+
+
+def test_dynamic_sampling_refuses_a_baseline_under_which_every_group_teaches(tiny_policy, make_trainer):
+    module = grpo(tiny_policy, baseline="batch", scale_rewards="batch")
+    with pytest.raises(ConfigConflictError, match=r"oversample is 2.*Set oversample to 1, or another baseline"):
+        make_trainer(1).fit(module, datamodule=data(tiny_policy, oversample=2))

@@ -38,6 +38,10 @@ def trl_lines(module, function, first, last):
     return run
 
 
+# With the last two, tokens lie on the threshold of top_entropy_quantile but for rounding.
+SEEDS = (0, 1, 2, 3, 152, 178)
+
+
 class Batch:
     """Random tensors of N completions; some have no token, and the sampler lacks some log-probs."""
 
@@ -224,7 +228,7 @@ def objective_of(loss_type, options):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_loss_gradient_and_statistics_equal_trl(loss_type, options):
     objective = objective_of(loss_type, options)
-    for seed in range(4):
+    for seed in SEEDS:
         for with_old in (True, False):
             with_sampler = objective.sampler_correction is not None or seed % 2 == 1
             batch = Batch(seed)
@@ -263,7 +267,7 @@ def test_half_precision_equals_trl_within_its_rounding(loss_type, options):
     """
     tolerance = 0.08 if loss_type == "vespo" else 0.015
     objective = objective_of(loss_type, OPTIONS[options])
-    for seed in range(4):
+    for seed in SEEDS:
         batch = Batch(seed, dtype=torch.bfloat16)
         with torch.no_grad():
             choice = torch.randint(0, 5, batch.old.shape, generator=torch.Generator().manual_seed(seed))

@@ -278,19 +278,18 @@ def test_divisor_counts_what_the_loss_type_averages_over():
     assert GRPOObjective(loss_type="dapo").divisor(torch.tensor(3), torch.tensor(0)) == torch.tensor(1)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("count", [1, 2, 5, 21, 1000])
-def test_entropy_threshold_is_the_quantile(share, count):
-    entropy = torch.rand(count, generator=torch.Generator().manual_seed(count))
-    threshold = entropy_threshold(entropy, torch.ones(count), share)
-    torch.testing.assert_close(threshold, torch.quantile(entropy, 1 - share))
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.25, 0.5, 0.7, 1.0])
+def test_entropy_threshold_is_the_quantile_to_the_last_bit(share):
+    """Which tokens act depends on it."""
+    for count in [*range(1, 200), 1000]:
+        entropy = torch.rand(count, generator=torch.Generator().manual_seed(count))
+        assert entropy_threshold(entropy, torch.ones(count), share) == torch.quantile(entropy, 1 - share)
 
 
 def test_entropy_threshold_takes_any_number_of_tokens():
     count = 2**24 + 1
     threshold = entropy_threshold(torch.arange(count).flip(0).double(), torch.ones(count), 0.25)
     assert threshold == 0.75 * (count - 1)
-    assert entropy_threshold(torch.arange(11.0).double(), torch.ones(11), 0.7) == 3  # 0.3 * 10 is not quite 3
     assert entropy_threshold(torch.rand(3), torch.zeros(3), 0.5) == float("inf")
     assert entropy_threshold(torch.rand(8).bfloat16(), torch.ones(8), 0.5).dtype == torch.float32
 
@@ -373,6 +372,8 @@ def test_a_tensor_of_another_shape_is_named(name):
         ({"sampler_correction": "clip"}, "sampler_correction to be one of null, token_truncate"),
         ({"beta": -1}, "beta >= 0, found -1"),
         ({"beta": NAN}, "beta >= 0, found nan"),
+        ({"beta": None}, "beta >= 0, found None"),
+        ({"beta": "0.1"}, "beta >= 0, found '0.1'"),
         ({"epsilon": 1.0}, "epsilon >= 0 and < 1"),
         ({"epsilon_high": -0.1}, "epsilon_high >= 0"),
         ({"delta": 1.0}, "delta > 1"),
@@ -386,8 +387,8 @@ def test_a_tensor_of_another_shape_is_named(name):
         ({"sapo_temperature_neg": 0}, "sapo_temperature_neg > 0"),
         ({"vespo_k_pos": -1}, "vespo_k_pos >= 0"),
         ({"vespo_k_neg": -1}, "vespo_k_neg >= 0"),
-        ({"vespo_lambda_pos": 0}, "vespo_lambda_pos > 0"),
-        ({"vespo_lambda_neg": 0}, "vespo_lambda_neg > 0"),
+        ({"vespo_lambda_pos": 0}, "vespo_lambda_pos >= 1e-4"),
+        ({"vespo_lambda_neg": 1e-5}, "vespo_lambda_neg >= 1e-4"),
         ({"kl_placement": "reward", "use_bias_correction_kl": True}, "set one of them back"),
         ({"sampler_correction": "token_mask", "sampler_correction_min": 3.0}, "sampler_correction_min below"),
         ({"sampler_correction": "token_truncate", "sampler_correction_max": None}, "found neither"),
