@@ -8,6 +8,7 @@ import logging
 import math
 import multiprocessing
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -587,6 +588,19 @@ def test_a_run_with_rewards_of_the_users_folder(folder, tiny_policy):
     assert logged(folder, "train/reward")[0] == pytest.approx(total, abs=1e-5)
     (saved,) = folder.rglob("config.yaml")
     main(["fit", "-c", str(saved), "--trainer.max_steps", "1", "--trainer.default_root_dir", "again"])
+
+
+def test_the_example_of_the_documentation_runs(folder, tiny_policy):
+    text = (CONFIGS.parent / "docs" / "rewards.md").read_text().split("## Your own reward")[1]
+    python, configuration = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL)[1] for kind in ("python", "yaml"))
+    (folder / "my_rewards.py").write_text(python)
+    (folder / "mine.yaml").write_text(configuration)
+    main(quick(tiny_policy, "-c", "mine.yaml"))
+    means = {name: logged(folder, f"train/rewards/{name}/mean") for name in ("count", "brevity", "says_why")}
+    assert means["brevity"] == [1, 1]
+    assert all(len(values) == 2 for values in means.values())
+    assert logged(folder, "train/rewards/confidence/mean") == []
+    assert logged(folder, "train/rewards/count/failed") == []
 
 
 def test_a_reward_that_hangs_does_not_hang_a_run(folder, tiny_policy, impatient, caplog):
