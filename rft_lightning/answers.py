@@ -223,8 +223,10 @@ def _read_clean_entries(content: str, parsed: ParsedAnswer) -> bool:
         return False
     numbers: list[Any] = []
     try:
-        for (position, box), (confidence, value) in _JSON.decode(content.replace("'", '"')):
-            if position != "Position" or confidence != "Confidence" or len(box) != 4:
+        for entry in _JSON.decode(content.replace("'", '"')):
+            (position, box), (confidence, value) = entry
+            right = type(entry) is tuple and position == "Position" and confidence == "Confidence" and len(box) == 4
+            if not right:
                 return False
             numbers += (*box, value)
         if not set(map(type, numbers)) <= {int, float} or max(map(abs, numbers)) > _MAX_NUMBER:
@@ -240,7 +242,7 @@ def _refuse(constant: str) -> NoReturn:
     raise ValueError(constant)
 
 
-# Pairs, since a dict would keep the last of two equal keys; NaN and Infinity are no JSON.
+# Tuples of pairs, since a dict would keep the last of two equal keys; NaN and Infinity are no JSON.
 _JSON = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=_refuse)
 
 

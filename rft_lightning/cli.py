@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import shutil
 import sys
@@ -106,10 +107,11 @@ SHARED_DATA_ARGUMENTS = {*inspect.signature(RFTDataModule).parameters, "task"}
 def run(args: ArgsType = None) -> Any:
     """Parse and run; named errors are raised."""
     words = sys.argv[1:] if args is None else args
-    if "" not in sys.path:
+    here = os.getcwd()
+    if here not in sys.path:
         # The working directory, for the user's own rewards: a console script does not have it. Last, so that none of
-        # the folders there hides a package.
-        sys.path.append("")
+        # the folders there hides a package; by name, since a file's own folder is entered while it is read.
+        sys.path.append(here)
     if isinstance(words, list) and words and words[0] in COMMANDS:
         from jsonargparse import auto_cli
 

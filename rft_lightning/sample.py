@@ -9,7 +9,7 @@ Shape legend: B prompts, G completions per prompt, P prompt tokens, C completion
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 TOKEN_TENSORS = ("mm_token_type_ids", "token_type_ids")
 
 BoxesLike = Tensor | Sequence[Sequence[float]] | Sequence[float]
-
-# What an answer has none of; nothing can be written into them.
-_NO_BOXES, _NO_POINTS, _NO_NUMBERS = (torch.zeros(shape, dtype=torch.float64) for shape in ((0, 4), (0, 2), (0,)))
 
 
 def as_boxes(boxes: BoxesLike | None) -> Tensor:
@@ -169,15 +166,15 @@ class Answer:
 
     text: str = ""
     label: str | None = None
-    boxes: Tensor = _NO_BOXES
-    confidences: Tensor = _NO_NUMBERS
+    boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4, dtype=torch.float64))
+    confidences: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     thought: str | None = None
     well_formed: bool = False
     no_objects: bool | None = None
     answer_blocks: int = 1
     parsed: bool | None = None
     problems: tuple[str, ...] = ()
-    points: Tensor = _NO_POINTS
+    points: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.float64))
     num_tokens: int | None = None
     token_limit: int | None = None
     truncated: bool = False

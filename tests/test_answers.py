@@ -552,6 +552,11 @@ def test_the_shorter_way_of_reading_clean_entries_reads_what_the_longer_one_does
         assert repr(answered(text)) == repr(shorter)
 
 
+def test_lists_in_the_place_of_entries_are_none():
+    content = "[{'Position': [1, 2, 3, 4], 'Confidence': 1}, [['Position', [5, 6, 7, 8]], ['Confidence', 0.5]]]"
+    assert answered(content).boxes == [[1, 2, 3, 4]]
+
+
 def test_clean_entries_take_the_shorter_way(monkeypatch):
     monkeypatch.setattr(answers, "_read_entries", None)
     assert answered(str([{"Position": [1, 2.5, 3, 4], "Confidence": 0.9}] * 2)).boxes == [[1, 2.5, 3, 4]] * 2

@@ -28,7 +28,7 @@ from rft_lightning.cli import main
 from rft_lightning.config_files import merge_rewards
 from rft_lightning.errors import ConfigConflictError, NonFiniteError, RewardError, RFTError
 from rft_lightning.rewards import RewardWithOptions, detection_iou_reward, published, time_limit
-from rft_lightning.rewards.guarded import MAX_STUCK_CALLS, GuardedReward, as_number
+from rft_lightning.rewards.guarded import MAX_LATE_CALLS, MAX_STUCK_CALLS, GuardedReward, as_number
 from rft_lightning.rewards.time_limit import OutOfTimeError, call_within, stuck_calls
 from rft_lightning.sample import Answer, ClassTarget, DetectionTarget
 from rft_lightning.tasks import ClassificationTask, DetectionTask
@@ -292,6 +292,38 @@ def test_too_many_calls_that_cannot_be_stopped_end_the_run(impatient):
         assert mine.score(ANSWER, TARGET).tolist() == [0.0]
     with pytest.raises(RewardError, match=r"'mine'.*8 such calls could not be stopped.*reward_time_limit"):
         mine.score(ANSWER, TARGET)
+
+
+def test_a_reward_that_is_always_late_ends_the_run():
+    """Each call is stopped, and yet a batch of them would take hours."""
+    worth = {"late": True}
+
+    def mostly_late(answer, target):
+        while worth["late"]:
+            pass
+        return 1.0
+
+    mine = task(mostly_late, reward_time_limit=0.02)
+    for late in [True] * (MAX_LATE_CALLS - 1) + [False] + [True] * (MAX_LATE_CALLS - 1):
+        worth["late"] = late
+        assert mine.score(ANSWER, TARGET).tolist() == [0.0 if late else 1.0]
+    with pytest.raises(RewardError, match=r"8 times in a row, last for sample 'x/1'; 0.02 seconds are too few"):
+        mine.score(ANSWER, TARGET, sample_id="x/1")
+
+
+def test_a_reward_that_exits_is_a_failure_like_others():
+    def leave(answer, target):
+        sys.exit("enough")
+
+    for limit in (None, 5.0):
+        assert score(leave, reward_time_limit=limit, failed_reward=0.25) == (0.25, 1)
+
+
+def test_the_first_warning_says_where(caplog):
+    mine = task(faulty)
+    for _ in range(2):
+        mine.score(ANSWER, TARGET)
+    assert [record.exc_info is not None for record in caplog.records] == [True, False]
 
 
 def test_the_limit_is_not_for_the_packages_own_rewards(monkeypatch):
@@ -588,6 +620,12 @@ def test_a_run_with_rewards_of_the_users_folder(folder, tiny_policy):
     assert logged(folder, "train/reward")[0] == pytest.approx(total, abs=1e-5)
     (saved,) = folder.rglob("config.yaml")
     main(["fit", "-c", str(saved), "--trainer.max_steps", "1", "--trainer.default_root_dir", "again"])
+
+
+def test_a_file_in_a_subfolder_finds_the_rewards_of_the_working_directory(folder, capsys):
+    (folder / "more").mkdir()
+    overlay(folder, {"brevity": "my_rewards.constant"}, "more/overlay.yaml")
+    assert "brevity" in task_of(capsys, "-c", "more/overlay.yaml")["rewards"]
 
 
 def test_the_example_of_the_documentation_runs(folder, tiny_policy):

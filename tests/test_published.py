@@ -179,6 +179,29 @@ def test_with_math_verify_nothing_is_warned_of():
         assert scores(tagged(ONE), G1) == (0.995, 0.9)
 
 
+TAGGED = st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "x"]), max_size=12)
+
+
+@settings(deadline=None, max_examples=500)
+@given(TAGGED.map("".join))
+def test_tags_are_found_as_by_the_published_patterns(text: str):
+    pattern = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
+    assert published.format_reward(Answer(text=text)) == (pattern.fullmatch(text) is not None)
+    one_line, any_line = (re.search(r"<answer>(.*?)</answer>", text, flags) for flags in (0, re.DOTALL))
+    assert published._one_line_answer(text) == (one_line.group(1) if one_line else text).strip()
+    assert published._grounding_text(text) == (any_line.group(1) if any_line else text).strip()
+
+
+@pytest.mark.parametrize("unit", ["<answer>", "<think></think><answer>", "</think>", "<think></think>\n<answer>"])
+def test_repeated_tags_take_no_quadratic_time(unit: str):
+    text = "<think>" + unit * (200_000 // len(unit)) + "</answer>x"
+    begun = time.process_time()
+    published.format_reward(Answer(text=text))
+    published._one_line_answer(text)
+    published._grounding_text(text)
+    assert time.process_time() - begun < 0.5
+
+
 @pytest.mark.parametrize("text", ["\ud800 answer 200", "answer $\\frac{", "9" * 5000, "\x00", "", "answer 1e400"])
 def test_what_math_verify_cannot_take_is_not_equal(text: str):
     assert not published._verified(text, solution([1, 2, 3, 4]))

@@ -416,6 +416,12 @@ def test_words_are_without_case_and_punctuation():
     assert repetition_reward(Answer(), None) == 0
 
 
+def test_loops_without_blanks_are_repetition():
+    for text in ("a" * 900, "9" * 900, "\u597d" * 500, "Und" + "so" * 400):
+        assert repetition_reward(Answer(text=text), None) < -0.5
+    assert repetition_reward(Answer(text="\u597d\u82b1\u6709\u4e94\u679a"), None) == 0
+
+
 def test_entries_of_boxes_share_words_but_not_long_ngrams():
     boxes = [[100 * i, 7 * i + 1, 100 * i + 50, 9 * i + 60] for i in range(10)]
     text = str([{"Position": box, "Confidence": 0.9} for box in boxes])

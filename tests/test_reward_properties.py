@@ -263,6 +263,15 @@ def test_greedy_matching_lets_a_worse_box_take_an_object():
     assert scores(off, matching="hungarian") == scores(closer, matching="hungarian") == pytest.approx(0.9 / 2)
 
 
+def test_a_better_overlap_may_move_the_match_to_a_box_that_is_less_sure():
+    def score(first: Box) -> float:
+        rows = [(first, 0.1), ([0, 0, 100, 55], 0.9)]
+        return detection_confidence_reward(said(rows), DetectionTarget(TRUTH), matching="hungarian")
+
+    assert score([0, 0, 100, 52]) == pytest.approx(0.4)
+    assert score([0, 0, 100, 60]) == 0
+
+
 def test_the_confidence_of_the_paper_pays_for_wrong_boxes_that_are_not_meant():
     wrong, right = [500, 500, 600, 600], TRUTH
     for box, confidence, paper, strict in [(wrong, 0.0, 1, 0), (right, 0.0, 0, 0), (wrong, 0.3, 0.7, 0)]:

@@ -1,7 +1,7 @@
 """Rewards: the recorded outputs of the published functions, the paper's equations by hand, and the hardened rules.
 
 Answers of strict and paper rules are read in a frame of 0-1000 on a picture of 1000 x 1000, so numbers are pixels.
-The oracle values are those of reference/visual-rft.md sections 2.2 to 2.5, rounded as they are there.
+The values of the published functions were recorded from them and are rounded.
 """
 
 from __future__ import annotations
@@ -368,6 +368,15 @@ def test_strict_detection(content: str, target: Target, iou: float, confidence: 
     assert detection_confidence_reward(answer, target) == pytest.approx(confidence)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bfloat16])
+def test_boxes_of_any_dtype_are_scored(dtype: torch.dtype):
+    """A task of the user's own may put what it likes into an Answer."""
+    answer, target = Answer(text="x", boxes=[[0, 0, 100, 100]]), DetectionTarget([[0, 0, 100, 100]])
+    answer.boxes = answer.boxes.to(dtype)
+    answer.confidences = answer.confidences.to(dtype)
+    assert (detection_iou_reward(answer, target), detection_confidence_reward(answer, target)) == (1, 1)
+
+
 def test_strict_detection_withstands_answers_no_task_would_build():
     odd = torch.tensor([0.9, math.nan, 7.0], dtype=torch.float64)
     answer = Answer(boxes=as_boxes([NEAR, FAR, [math.nan, 0, 1, 1]]), confidences=odd)
@@ -431,6 +440,14 @@ def test_strict_accuracy_does_not_mind_how_accents_are_composed():
     assert accuracy_reward(answered(composed), class_target(decomposed)) == 1
     assert accuracy_reward(answered(decomposed), class_target(composed)) == 1
     assert accuracy_reward(answered("cafe au lait"), class_target(composed)) == 0
+
+
+@pytest.mark.parametrize(
+    ("label", "answer", "expected"),
+    [("C++", "c++.", 1), ("C++", "C#", 0), ("A+", "A-", 0), ("100%", "100", 0), ("?", "?", 1), ("?", "!", 0)],
+)
+def test_signs_that_are_part_of_a_name_count(label: str, answer: str, expected: float):
+    assert accuracy_reward(answered(answer), class_target(label)) == expected
 
 
 def test_an_empty_alias_is_no_way_in():

@@ -11,6 +11,7 @@ from rft_lightning.sample import Answer, ClassTarget, Target
 
 # Spaces, underscores and the hyphens and dashes people type are one separator: data sets and models differ in them.
 _SEPARATORS = re.compile(r"[\s_\-\u2010-\u2015\u2212]+")
+_PARTS_OF_NAMES = "+#%"
 
 
 def accuracy_reward(
@@ -40,11 +41,15 @@ def accuracy_reward(
 
 
 def normalise_label(label: str) -> str:
-    """A class name in lower case, separators as one space, without punctuation at its ends."""
+    """A class name in lower case, separators as one space, without punctuation at its ends.
+
+    Signs that are part of names (C++, C#, 100%) stay, and so does a name of nothing but punctuation.
+    """
     # Names of folders may come with decomposed accents, models write composed ones.
     words = _SEPARATORS.sub(" ", unicodedata.normalize("NFC", label).lower())
     # A pattern for "punctuation up to the end" would take quadratic time on a long run of it.
-    return words.strip("".join({character for character in words if not character.isalnum()}))
+    ends = "".join({character for character in words if not character.isalnum() and character not in _PARTS_OF_NAMES})
+    return words.strip(ends) or words.strip()
 
 
 def _strict(answer: Answer, target: ClassTarget) -> float:

@@ -21,12 +21,15 @@ from rft_lightning.rewards.with_options import RewardWithOptions
 from rft_lightning.sample import Answer, Target
 
 MAX_STUCK_CALLS = 8
+# So often in a row a reward may run out of time: a call is bounded, and so is what a batch of them costs.
+MAX_LATE_CALLS = 8
 MAX_WARNINGS = 3
 
 _log = logging.getLogger(__name__)
 _serial = count()
 # Per process, since tasks are copied into every sample: how often a reward has failed.
 _failures: Counter[int] = Counter()
+_late: Counter[int] = Counter()
 # Rewards are float32 tensors.
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -60,8 +63,8 @@ class GuardedReward:
         Raises:
             RFTError: raised by the reward, since a mistake in the configuration is no failure.
             NonFiniteError: it returned something else than a finite number or None; only if `failed_reward` is None.
-            RewardError: it raised or ran out of time; only if `failed_reward` is None, or if too many calls that ran
-                out of time could not be stopped.
+            RewardError: it raised or ran out of time; only if `failed_reward` is None, or if it ran out of time too
+                often in a row, or if too many calls that did could not be stopped.
         """
         offered = {"rules": rules, "step": step}
         call = partial(self.reward, answer, target, **{name: offered[name] for name in self.keywords})
@@ -77,16 +80,24 @@ class GuardedReward:
                     "calls could not be stopped and go on in the background. Give what the reward waits for a time "
                     "limit of its own, shorter than the task's reward_time_limit."
                 ) from error
+            _late[self.serial] += 1
+            if _late[self.serial] >= MAX_LATE_CALLS:
+                raise RewardError(
+                    f"Reward {self.name!r} ({path_of(self.reward)}) ran out of time {_late[self.serial]} times in a "
+                    f"row, last for sample {sample_id!r}; {self.time_limit:g} seconds are too few for it, or it hangs. "
+                    "Mend it, or set the task's reward_time_limit."
+                ) from error
             return fail(f"did not return within {self.time_limit:g} seconds", RewardError, error)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return fail(f"raised {type(error).__name__}: {error}", RewardError, error)
+        _late.pop(self.serial, None)
         number = as_number(value)
         if number is None:
             return fail(f"returned {reprlib.repr(value)}, expected a finite number or None", NonFiniteError, None)
         return number, False
 
     def _fail(
-        self, what: str, error: type[RFTError], cause: Exception | None, *, answer: Answer, sample_id: str
+        self, what: str, error: type[RFTError], cause: Exception | SystemExit | None, *, answer: Answer, sample_id: str
     ) -> tuple[float, bool]:
         message = (
             f"Reward {self.name!r} ({path_of(self.reward)}) {what}, for sample {sample_id!r} on the completion "
@@ -96,10 +107,12 @@ class GuardedReward:
             raise error(
                 f"{message} Mend the reward, or set the task's failed_reward to the number that a failure counts as."
             ) from cause
+        first = not _failures[self.serial]
         _failures[self.serial] += 1
         if _failures[self.serial] <= MAX_WARNINGS:
             silence = " Further failures are counted without a word." if _failures[self.serial] == MAX_WARNINGS else ""
-            _log.warning("%s It counts as failed_reward=%g.%s", message, self.failed_reward, silence)
+            text = "%s It counts as failed_reward=%g.%s"
+            _log.warning(text, message, self.failed_reward, silence, exc_info=cause if first else None)
         return self.failed_reward, True
 
 

@@ -11,6 +11,8 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from rft_lightning.boxes import match_greedy, match_hungarian, pairwise_iou
 from rft_lightning.sample import Answer, DetectionTarget
@@ -105,13 +107,12 @@ def score_scene(
     Returns:
         `score` clamped to [0, 1], or the value of a case above.
     """
-    boxes, truths = answer.boxes.numpy(force=True), target.boxes.numpy(force=True)
+    boxes, truths = _array(answer.boxes), _array(target.boxes)
     if len(boxes) == 0:
         return float(true_negative) if answer.no_objects and len(truths) == 0 else 0.0
     if hardened and len(truths) == 0:
         return 0.0
-    confidences = answer.confidences.numpy(force=True)
-    scene = _scene(boxes.tobytes(), confidences.tobytes(), truths.tobytes(), hardened)
+    scene = _scene(boxes.tobytes(), _array(answer.confidences).tobytes(), truths.tobytes(), hardened)
     if scene is None or (hardened and scene.n_pred > max(MAX_PREDICTIONS, 2 * scene.n_gt)):
         return 0.0
     return min(1.0, max(0.0, float(score(scene))))
@@ -123,6 +124,10 @@ def best_total(gain: np.ndarray) -> float:
     It never falls when a gain rises, whatever else is equal, and does not depend on which best assignment is found.
     """
     return sum(gain[row, column] for row, column in enumerate(match_hungarian(gain)) if column >= 0)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.to("cpu", torch.float64).numpy(force=True)
 
 
 # The rewards of a task look at the same answer one after the other.

@@ -28,10 +28,7 @@ from typing import Any
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.sample import Answer, Target
 
-_FORMAT = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
-# Without DOTALL: an answer that contains a newline does not count as tagged.
-_ONE_LINE_ANSWER = re.compile(r"<answer>(.*?)</answer>")
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BETWEEN = re.compile(r"</think>\s*<answer>")
 _CORNERS = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 
 _Box = tuple[float, float, float, float]
@@ -47,7 +44,12 @@ def format_reward(answer: Answer, target: Target | None = None) -> float:
 
     Whitespace before or after fails; empty tags and repeated blocks pass.
     """
-    return float(_FORMAT.fullmatch(answer.text) is not None)
+    text, opening, closing = answer.text, "<think>", "</answer>"
+    # The published pattern (think block, whitespace, answer block) takes any text within the blocks: all it asks is
+    # that they meet somewhere. As a pattern it takes quadratic time on tags that repeat.
+    if not (text.startswith(opening) and text.endswith(closing)):
+        return 0.0
+    return float(_BETWEEN.search(text, len(opening), len(text) - len(closing)) is not None)
 
 
 def accuracy_reward(answer: Answer, target: Target) -> float:
@@ -212,13 +214,21 @@ def _class_name(text: str) -> str:
 
 
 def _one_line_answer(text: str) -> str:
-    match = _ONE_LINE_ANSWER.search(text)
-    return match.group(1).strip() if match else text.strip()
+    """The content of the first answer block that begins and ends in one line, or else the whole text."""
+    blocks = (_first_block(line) for line in text.split("\n"))
+    return next((block for block in blocks if block is not None), text).strip()
 
 
 def _grounding_text(text: str) -> str:
-    match = _ANSWER.search(text)
-    return match.group(1).strip() if match else text.strip()
+    block = _first_block(text)
+    return (text if block is None else block).strip()
+
+
+def _first_block(text: str) -> str | None:
+    """What stands between the first opening tag and the first closing one behind it; None without them."""
+    _, _, rest = text.partition("<answer>")
+    content, closing, _ = rest.partition("</answer>")
+    return content if closing else None
 
 
 def _match(text: str, solution: str) -> tuple[list[tuple[float, Any]], int]:

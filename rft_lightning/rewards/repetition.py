@@ -8,8 +8,10 @@ import re
 from rft_lightning.rewards.options import check_count, check_number, check_rules
 from rft_lightning.sample import Answer, Target
 
-# Numbers keep their decimals, so that 0.9 is one word and 10 9 are two.
-_WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+")
+# Numbers keep their decimals, so that 0.9 is one word and 10 9 are two. Chinese and Japanese write no blanks, so each
+# of their signs is a word; and no word is so long that a loop of one letter could be one.
+_SIGNS = "\u3040-\u30ff\u3400-\u9fff"
+_WORD = re.compile(rf"\d{{1,32}}(?:\.\d{{1,32}})?|[{_SIGNS}]|[^\W\d_{_SIGNS}]{{1,32}}")
 
 
 def repetition_reward(

@@ -31,9 +31,9 @@ class Task(ABC):
         rules: ``strict`` (hardened, default), ``paper`` (the paper's equations) or ``published_code`` (what the
             authors' repository computes, quirks included).
         rewards: name -> reward ``(answer, target, *, rules, step) -> float | None``, called with those of `rules` and
-            `step` that it takes; replaces the task's own set. In YAML the import path of a function, or `class_path`
-            and `init_args` of a class whose instances are called: the user's own, or
-            :class:`rft_lightning.rewards.RewardWithOptions`.
+            `step` that it takes; replaces the task's own set (configuration files merge theirs: docs/rewards.md). In
+            YAML the import path of a function, or `class_path` and `init_args` of a class whose instances are called:
+            the user's own, or :class:`rft_lightning.rewards.RewardWithOptions`.
         reward_weights: name -> weight of the rewards in the sum; 1 where not given.
         template: the question, with the placeholders of the task in braces; the paper's wording by default.
         reward_time_limit: seconds for one call of a reward that is not this package's own; None waits without end.
