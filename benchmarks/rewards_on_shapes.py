@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-METRICS = {"val/box_iou_mean": "mean IoU", "val/map": "mAP", "train/reward": "reward", "train/parse_rate": "parse rate"}
+METRICS = {"val/box_iou_mean": "mean IoU", "val/map": "mAP", "train/parse_rate": "parse rate"}
 
 
 def reward(name: str, **options: Any) -> Any:

@@ -225,11 +225,11 @@ def _read_clean_entries(content: str, parsed: ParsedAnswer) -> bool:
     try:
         for entry in _JSON.decode(content.replace("'", '"')):
             (position, box), (confidence, value) = entry
-            right = type(entry) is tuple and position == "Position" and confidence == "Confidence" and len(box) == 4
-            if not right:
+            if type(entry) is list or position != "Position" or confidence != "Confidence" or len(box) != 4:
                 return False
-            numbers += (*box, value)
-        if not set(map(type, numbers)) <= {int, float} or max(map(abs, numbers)) > _MAX_NUMBER:
+            numbers += box
+            numbers.append(value)
+        if not set(map(type, numbers)) <= {int, float} or max(max(numbers), -min(numbers)) > _MAX_NUMBER:
             return False
     except (ValueError, TypeError, RecursionError):
         return False

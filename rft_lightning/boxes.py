@@ -8,6 +8,8 @@ Shape legend: K boxes; N and M boxes of two lists.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
@@ -122,20 +124,39 @@ def match_greedy(iou: ArrayLike, confidences: ArrayLike, threshold: float = 0.5)
     matches = [-1] * len(overlaps)
     if overlaps.size == 0:
         return matches
-    best, enough = overlaps.argmax(1).tolist(), (overlaps.max(1) > threshold).tolist()
+    order = (-certain).argsort(kind="stable")
+    found = match_in_order(overlaps[order], threshold)
+    for prediction, truth in zip(order.tolist(), found, strict=True):
+        matches[prediction] = truth
+    return matches
+
+
+def match_in_order(
+    iou: np.ndarray, threshold: float, *, best: Sequence[int] | None = None, largest: Sequence[float] | None = None
+) -> list[int]:
+    """:func:`match_greedy` of predictions that stand by falling confidence.
+
+    Args:
+        iou: [n_pred, n_gt], n_gt > 0.
+        threshold: a pair counts only if its IoU is strictly greater.
+        best: for each prediction the ground truth that it overlaps most, where that is known.
+        largest: the IoU with it.
+    """
+    best = iou.argmax(1).tolist() if best is None else best
+    largest = iou.max(1).tolist() if largest is None else largest
+    matches: list[int] = []
     taken: list[int] = []
-    for prediction in (-certain).argsort(kind="stable").tolist():
-        truth = best[prediction]
-        if not enough[prediction]:
-            continue
-        if truth in taken:  # few are: only these look at their row again
-            row = overlaps[prediction].copy()
+    for prediction, (truth, overlap) in enumerate(zip(best, largest, strict=True)):
+        if overlap > threshold and truth in taken:  # few are: only these look at their row again
+            row = iou[prediction].copy()
             row[taken] = -np.inf
             truth = int(row.argmax())
-            if not row[truth] > threshold:
-                continue
-        matches[prediction] = truth
-        taken.append(truth)
+            overlap = row[truth]
+        if overlap > threshold:
+            taken.append(truth)
+            matches.append(truth)
+        else:
+            matches.append(-1)
     return matches
 
 

@@ -166,15 +166,15 @@ class Answer:
 
     text: str = ""
     label: str | None = None
-    boxes: Tensor = field(default_factory=lambda: torch.zeros(0, 4, dtype=torch.float64))
-    confidences: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    boxes: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.float64))
+    confidences: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     thought: str | None = None
     well_formed: bool = False
     no_objects: bool | None = None
     answer_blocks: int = 1
     parsed: bool | None = None
     problems: tuple[str, ...] = ()
-    points: Tensor = field(default_factory=lambda: torch.zeros(0, 2, dtype=torch.float64))
+    points: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.float64))
     num_tokens: int | None = None
     token_limit: int | None = None
     truncated: bool = False

@@ -111,9 +111,11 @@ def score_rollouts(rollouts: Rollouts, *, step: int, token_limit: int | None) ->
                 f"Sample {sample.id!r} has no target, so it cannot be rewarded; train on labelled samples."
             )
         task = sample.task
-        for text, (length, truncated) in zip(texts, facts_G2, strict=True):
-            answer = task.read(text, prompts.frame, sample.image_size)
+        answers = [task.read(text, prompts.frame, sample.image_size) for text in texts]
+        for answer, (length, truncated) in zip(answers, facts_G2, strict=True):
             answer.num_tokens, answer.token_limit, answer.truncated = length, token_limit, bool(truncated)
+        task.prepare(answers, sample.target)
+        for answer in answers:
             values = task.score(answer, sample.target, step=step, sample_id=sample.id, failures=failures)
             by_name = dict(zip(task.rewards, values.tolist(), strict=True))
             rewards_NK.append([by_name.get(name, torch.nan) for name in names])

@@ -23,12 +23,13 @@ from rft_lightning.rewards import (
     giou_reward,
     grounding_iou_reward,
     grounding_iou_squared_reward,
+    matching,
     od_length_reward,
     point_in_box_reward,
     precision_reward,
     recall_reward,
 )
-from rft_lightning.rewards.matching import MAX_PREDICTIONS, best_total
+from rft_lightning.rewards.matching import MAX_PREDICTIONS, best_total, prepare_scenes
 from rft_lightning.sample import Answer, DetectionTarget, GroundingTarget
 
 Box = list[float]
@@ -245,6 +246,26 @@ def test_the_order_of_writing_does_not_matter(question, random, rules: str):
     for reward, _ in DETECTION:
         value = reward(said(rows), DetectionTarget(truths), rules=rules)
         assert reward(said(shuffled), DetectionTarget(truths), rules=rules) == same(value), reward
+
+
+@settings(deadline=None)
+@given(st.data(), st.booleans())
+def test_answers_looked_at_together_score_as_alone(data: st.DataObject, hardened: bool):
+    truths, first = data.draw(questions())
+    rest = data.draw(st.lists(st.lists(st.tuples(written_boxes(truths), CONFIDENCE), max_size=6), max_size=4))
+    answers = [said(rows) for rows in (first, *rest)]
+    answers.append(Answer(text="x", boxes=[[0, 0, math.nan, 1], [0, 0, 10, 10]], confidences=[1, math.inf]))
+    target, rules = DetectionTarget(truths), "strict" if hardened else "paper"
+
+    def scores() -> list[float | None]:
+        rewards = (detection_iou_reward, detection_confidence_reward)
+        return [reward(answer, target, rules=rules) for answer in answers for reward in rewards]
+
+    prepare_scenes(answers[:1], DetectionTarget([[0, 0, 1, 1]]))  # forgets
+    alone = scores()
+    prepare_scenes(answers, target, hardened=hardened)
+    assert len(matching._scenes) >= len({(a.boxes.numpy().tobytes(), a.confidences.numpy().tobytes()) for a in answers})
+    assert scores() == alone
 
 
 # ---------------------------------------------------------------- where it does not hold

@@ -67,10 +67,12 @@ class GuardedReward:
                 often in a row, or if too many calls that did could not be stopped.
         """
         offered = {"rules": rules, "step": step}
-        call = partial(self.reward, answer, target, **{name: offered[name] for name in self.keywords})
-        fail = partial(self._fail, answer=answer, sample_id=sample_id)
+        keywords = {name: offered[name] for name in self.keywords}
         try:
-            value = call() if self.time_limit is None else call_within(self.time_limit, call)
+            if self.time_limit is None:
+                value = self.reward(answer, target, **keywords)
+            else:
+                value = call_within(self.time_limit, partial(self.reward, answer, target, **keywords))
         except RFTError:
             raise
         except OutOfTimeError as error:
@@ -87,17 +89,20 @@ class GuardedReward:
                     f"row, last for sample {sample_id!r}; {self.time_limit:g} seconds are too few for it, or it hangs. "
                     "Mend it, or set the task's reward_time_limit."
                 ) from error
-            return fail(f"did not return within {self.time_limit:g} seconds", RewardError, error)
+            return self._fail(
+                f"did not return within {self.time_limit:g} seconds", RewardError, error, answer, sample_id
+            )
         except (Exception, SystemExit) as error:
-            return fail(f"raised {type(error).__name__}: {error}", RewardError, error)
+            return self._fail(f"raised {type(error).__name__}: {error}", RewardError, error, answer, sample_id)
         _late.pop(self.serial, None)
         number = as_number(value)
         if number is None:
-            return fail(f"returned {reprlib.repr(value)}, expected a finite number or None", NonFiniteError, None)
+            what = f"returned {reprlib.repr(value)}, expected a finite number or None"
+            return self._fail(what, NonFiniteError, None, answer, sample_id)
         return number, False
 
     def _fail(
-        self, what: str, error: type[RFTError], cause: Exception | SystemExit | None, *, answer: Answer, sample_id: str
+        self, what: str, error: type[RFTError], cause: Exception | SystemExit | None, answer: Answer, sample_id: str
     ) -> tuple[float, bool]:
         message = (
             f"Reward {self.name!r} ({path_of(self.reward)}) {what}, for sample {sample_id!r} on the completion "
@@ -118,6 +123,8 @@ class GuardedReward:
 
 def as_number(value: Any) -> float | None:
     """A reward as a float: NaN for None (not applicable); None for what is no finite number of float32."""
+    if type(value) is float and abs(value) <= _LARGEST:
+        return value
     if value is None:
         return math.nan
     if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0) != 0:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,6 +107,9 @@ class Task(ABC):
     def read(self, text: str, frame: CoordinateFrame, image_size: tuple[int, int]) -> Answer:
         """A completion as an Answer in pixels of the original image. Never raises on model text."""
 
+    def prepare(self, answers: Sequence[Answer], target: Target) -> None:  # noqa: B027
+        """Look at all answers to a question before they are scored one by one; a task may save time by it."""
+
     def score(
         self,
         answer: Answer,
@@ -136,7 +140,7 @@ class Task(ABC):
             values.append(value)
             if failed and failures is not None:
                 failures[name] += 1
-        return torch.tensor(values, dtype=torch.float32)
+        return torch.from_numpy(np.array(values, dtype=np.float32))
 
 
 def read_text(text: str) -> tuple[Answer, ParsedAnswer]:

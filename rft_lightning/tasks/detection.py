@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from rft_lightning.answers import ParsedAnswer, Problem
 from rft_lightning.frames import CoordinateFrame
 from rft_lightning.rewards import detection_confidence_reward, detection_iou_reward, format_reward
+from rft_lightning.rewards.matching import prepare_scenes
 from rft_lightning.sample import Answer, DetectionTarget, GroundingTarget, Target
 from rft_lightning.tasks.base import Reward, Task, read_text
 
@@ -49,6 +52,10 @@ class DetectionTask(Task):
     def thought(self, target: DetectionTarget) -> str:
         return f"I see {len(target.boxes)} {target.category}."
 
+    def prepare(self, answers: Sequence[Answer], target: Target) -> None:
+        if isinstance(target, DetectionTarget):
+            prepare_scenes(answers, target, hardened=self.rules == "strict")
+
     def read(self, text: str, frame: CoordinateFrame, image_size: tuple[int, int]) -> Answer:
         """All boxes and points that are written; a box without area or outside of the frame stays, as a wrong one."""
         answer, parsed = read_text(text)
@@ -66,7 +73,7 @@ def with_boxes(answer: Answer, parsed: ParsedAnswer, frame: CoordinateFrame, ima
         return answer
     # Of so few numbers, lists and arrays are made and compared in a fraction of the time that tensors take.
     answer.boxes = frame.to_pixels(torch.from_numpy(np.array(parsed.boxes, dtype=np.float64)), image_size)
-    answer.confidences = torch.from_numpy(np.array(parsed.confidences, dtype=np.float64).clip(0, 1))
+    answer.confidences = torch.from_numpy(np.minimum(np.maximum(np.array(parsed.confidences, dtype=np.float64), 0), 1))
     width, height = frame.size(image_size)
     wrong = [
         (x1, y1, x2, y2) for x1, y1, x2, y2 in parsed.boxes if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height)
