@@ -24,6 +24,7 @@ from rft_lightning.export import export
 from rft_lightning.grpo import GRPOModule  # noqa: F401
 from rft_lightning.policy_module import PolicyModule
 from rft_lightning.prepare import named_errors, run_prepare, settle_processor
+from rft_lightning.score import run_score
 from rft_lightning.sft import SFTModule  # noqa: F401
 from rft_lightning.trainer import FSDP_MESSAGE, RFTTrainer
 
@@ -116,6 +117,8 @@ def run(args: ArgsType = None) -> Any:
         from jsonargparse import auto_cli
 
         return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"rft {words[0]}")
+    if isinstance(words, list) and words[:1] == ["score"]:
+        return run_score(words[1:])
     install_loader(words if isinstance(words, list) else (), SHARED_DATA_ARGUMENTS)
     if isinstance(words, list) and words[:1] == ["prepare"]:
         return run_prepare(words[1:], RFTDataModule)
@@ -132,7 +135,8 @@ def run(args: ArgsType = None) -> Any:
         parser_kwargs={
             "version": f"rft_lightning {__version__}",
             "epilog": "Further commands: configs (list and copy the shipped configuration files), export (a checkpoint "
-            "as a Hugging Face folder), prepare (check, summarise and preview the data of a configuration).",
+            "as a Hugging Face folder), prepare (check, summarise and preview the data of a configuration), score "
+            "(average precision of a results file).",
             # The generated usage is a hundred lines, which would bury the error below it.
             **{name: {"usage": f"rft {name} --config FILE [options]"} for name in RFTCLI.subcommands()},
         },

@@ -4,6 +4,8 @@ from rft_lightning.metrics.base import ClassNames, ParseRate, stable_id
 from rft_lightning.metrics.classification import ClassificationAccuracy
 from rft_lightning.metrics.coco_map import COCOMeanAveragePrecision
 from rft_lightning.metrics.grounding import BoxIoU
+from rft_lightning.metrics.lvis_ap import LVISAveragePrecision
+from rft_lightning.metrics.mask_iou import MaskIoU
 from rft_lightning.metrics.matched_iou import MatchedIoU
 
 __all__ = [
@@ -11,6 +13,8 @@ __all__ = [
     "COCOMeanAveragePrecision",
     "ClassNames",
     "ClassificationAccuracy",
+    "LVISAveragePrecision",
+    "MaskIoU",
     "MatchedIoU",
     "ParseRate",
     "stable_id",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rft_lightning.boxes import box_iou
-from rft_lightning.metrics.base import ABSENT, SampleId, SampleMetric, boxes_of
+from rft_lightning.metrics.base import ABSENT, SampleId, SampleMetric
+from rft_lightning.metrics.grounding import box_pair, named_pairs
 
 
 def matched_iou_sum(boxes: Tensor, truth: Tensor) -> Tensor:
@@ -58,12 +59,16 @@ class MatchedIoU(SampleMetric):
             answers: per sample an Answer, a dict with ``boxes`` (and ``parsed``, True by default) or boxes [N, 4] xyxy.
             targets: per sample a DetectionTarget, a dict with ``boxes`` or boxes [M, 4] xyxy, in the same unit.
             ids: the samples' ids; a sample counts once. None: all are different.
+
+        Raises:
+            ValueError: boxes of another shape, or a sample whose boxes are on two devices.
         """
         rows = []
-        for answer, target in zip(answers, targets, strict=True):
-            truth = boxes_of(target)
-            total = matched_iou_sum(boxes_of(answer).to(truth.device), truth)
-            rows.append(torch.stack([total, total.new_tensor(len(truth)), total.new_tensor(_parsed(answer))]))
+        for name, answer, target in named_pairs(answers, targets, ids):
+            boxes, truth = box_pair(name, answer, target)
+            total = matched_iou_sum(boxes, truth)
+            numbers = [total, torch.full_like(total, len(truth)), torch.full_like(total, _parsed(answer))]
+            rows.append(torch.stack(numbers).to(self.device))
         self._add_samples(ids, rows)
 
     def compute(self) -> dict[str, Tensor]:

@@ -1,0 +1,228 @@
+"""`rft score`: average precision of a results file, printed as pycocotools and lvis-api print it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+from torch import Tensor
+
+from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
+from rft_lightning.metrics.ap_files import load_json
+from rft_lightning.metrics.coco_map import COCOMeanAveragePrecision
+from rft_lightning.metrics.lvis_ap import LVISAveragePrecision
+
+_ALL = "0.50:0.95"
+# Key of the metric -> AP or AR, IoU thresholds, area range, detections per picture and category.
+_COCO_LINES = {
+    "map": ("AP", _ALL, "all", 100),
+    "map_50": ("AP", "0.50", "all", 100),
+    "map_75": ("AP", "0.75", "all", 100),
+    "map_small": ("AP", _ALL, "small", 100),
+    "map_medium": ("AP", _ALL, "medium", 100),
+    "map_large": ("AP", _ALL, "large", 100),
+    "mar_1": ("AR", _ALL, "all", 1),
+    "mar_10": ("AR", _ALL, "all", 10),
+    "mar_100": ("AR", _ALL, "all", 100),
+    "mar_small": ("AR", _ALL, "small", 100),
+    "mar_medium": ("AR", _ALL, "medium", 100),
+    "mar_large": ("AR", _ALL, "large", 100),
+}
+# Key of the metric -> AP or AR, IoU thresholds, area range, group of categories; 300 detections per picture.
+_LVIS_LINES = {
+    "map": ("AP", _ALL, "all", "all"),
+    "map_50": ("AP", "0.50", "all", "all"),
+    "map_75": ("AP", "0.75", "all", "all"),
+    "map_small": ("AP", _ALL, "s", "all"),
+    "map_medium": ("AP", _ALL, "m", "all"),
+    "map_large": ("AP", _ALL, "l", "all"),
+    "map_rare": ("AP", _ALL, "all", "r"),
+    "map_common": ("AP", _ALL, "all", "c"),
+    "map_frequent": ("AP", _ALL, "all", "f"),
+    "mar_300": ("AR", _ALL, "all", "all"),
+    "mar_small": ("AR", _ALL, "s", "all"),
+    "mar_medium": ("AR", _ALL, "m", "all"),
+    "mar_large": ("AR", _ALL, "l", "all"),
+}
+_TITLES = {"AP": "Average Precision", "AR": "Average Recall"}
+
+
+def score(
+    gt: str | Path,
+    results: str | Path,
+    *,
+    lvis: bool = False,
+    iou_type: Literal["bbox", "segm"] = "bbox",
+    per_class: bool = False,
+    classes: Sequence[int | str] | None = None,
+    output: str | Path | None = None,
+) -> dict[str, Any]:
+    """Evaluate a results file and print the familiar table.
+
+    Args:
+        gt: ground truth in COCO's or LVIS's format.
+        results: list of ``image_id, category_id, bbox`` (xywh; or ``segmentation``) and ``score``.
+        lvis: evaluate by LVIS's federated rules.
+        iou_type: compare boxes or masks.
+        per_class: print the AP of each category as well.
+        classes: names or ids of the categories to evaluate; None: all of the ground truth.
+        output: JSON file to write the numbers to, not rounded; its folder is made.
+
+    Returns:
+        What `output` holds: the numbers by the metric's keys (-1 where absent) and ``per_class``, a list of ``id, name,
+        ap`` in the order of the ids.
+
+    Raises:
+        DatasetNotFoundError: a file does not exist.
+        AnnotationError: a file is not of its format, or the results name images that the ground truth does not have.
+        ConfigConflictError: unknown classes, masks with `lvis`, or `output` is a folder.
+    """
+    if lvis and iou_type != "bbox":
+        raise ConfigConflictError("LVIS evaluation compares boxes only; leave out --iou_type, or --lvis.")
+    if output is not None and Path(output).is_dir():
+        raise ConfigConflictError(f"--output {output} is a folder; expected the name of a JSON file.")
+    truth, found = _read(gt, "ground truth"), _read(results, "results")
+    _check(truth, found, f"The ground truth {gt}", f"The results {results}", "bbox" if lvis else iou_type)
+    names = {category["id"]: category.get("name", str(category["id"])) for category in truth["categories"]}
+    chosen = sorted(names) if classes is None else sorted({_class_id(word, names) for word in classes})
+    _warn_of_unknown(found, names)
+    metric: COCOMeanAveragePrecision | LVISAveragePrecision
+    if lvis:
+        metric = LVISAveragePrecision.from_lvis_json(truth, found, classes=chosen)
+    else:
+        metric = COCOMeanAveragePrecision.from_coco_json(truth, found, iou_type=iou_type, classes=chosen)
+    values = metric.compute()
+    record = _record(values, names, lvis)
+    print("\n".join(lvis_table(values) if lvis else coco_table(values)))
+    if per_class:
+        print("\n".join(_class_table(record["per_class"])))
+    if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def coco_table(values: Mapping[str, Tensor]) -> list[str]:
+    """The twelve lines of pycocotools for what :class:`COCOMeanAveragePrecision` computed."""
+    return [
+        f" {_TITLES[kind]:<18} ({kind}) @[ IoU={iou:<9} | area={area:>6} | maxDets={cap:>3} ] = "
+        f"{float(values[key]):0.3f}"
+        for key, (kind, iou, area, cap) in _COCO_LINES.items()
+    ]
+
+
+def lvis_table(values: Mapping[str, Tensor]) -> list[str]:
+    """The thirteen lines of lvis-api for what :class:`LVISAveragePrecision` computed."""
+    return [
+        f" {_TITLES[kind]:<18} ({kind}) @[ IoU={iou:<9} | area={area:>6} | maxDets=300 catIds={group:>3}] = "
+        f"{float(values[key]):0.3f}"
+        for key, (kind, iou, area, group) in _LVIS_LINES.items()
+    ]
+
+
+def run_score(words: Sequence[str]) -> None:
+    """Parse the command line after `score` and evaluate."""
+    score(**vars(score_parser().parse_args(list(words))))
+
+
+def score_parser() -> jsonargparse.ArgumentParser:
+    """The arguments of :func:`score`. By hand: from the signature, switches would need a value and classes brackets."""
+    parser = jsonargparse.ArgumentParser(
+        prog="rft score",
+        description="Average precision of a results file, printed as pycocotools (or lvis-api) prints it.",
+    )
+    parser.add_argument("gt", type=str, help="Ground truth in COCO's or LVIS's format.")
+    parser.add_argument("results", type=str, help="List of image_id, category_id, bbox (or segmentation) and score.")
+    parser.add_argument("--lvis", action="store_true", help="Evaluate by LVIS's federated rules.")
+    parser.add_argument("--iou_type", choices=("bbox", "segm"), default="bbox", help="Compare boxes or masks.")
+    parser.add_argument("--per_class", action="store_true", help="Print the AP of each category as well.")
+    parser.add_argument("--classes", type=str, nargs="+", help="Names or ids of the categories to evaluate.")
+    parser.add_argument("--output", type=str, help="JSON file to write the numbers to.")
+    return parser
+
+
+def _record(values: Mapping[str, Tensor], names: Mapping[int, str], lvis: bool) -> dict[str, Any]:
+    ids = values["classes"].reshape(-1).tolist()  # torchmetrics squeezes a single class
+    per_class = zip(ids, values["map_per_class"].reshape(-1).tolist(), strict=True)
+    return {
+        "protocol": "lvis" if lvis else "coco",
+        **{key: float(values[key]) for key in (_LVIS_LINES if lvis else _COCO_LINES)},
+        "per_class": [{"id": key, "name": names[key], "ap": ap} for key, ap in per_class],
+    }
+
+
+def _class_table(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    lines = [f"{'id':>8}  {'AP':>6}  category"]
+    return lines + [f"{row['id']:>8}  {row['ap']:>6.3f}  {row['name']}" for row in rows]
+
+
+def _class_id(word: int | str, names: Mapping[int, str]) -> int:
+    if isinstance(word, int) and word in names:
+        return word
+    found = [key for key, name in names.items() if name == str(word)]
+    if len(found) > 1:
+        raise ConfigConflictError(f"The name {word!r} belongs to the categories {found}; name one by its id.")
+    if found:
+        return found[0]
+    by_id = {str(key): key for key in names}
+    if str(word) in by_id:
+        return by_id[str(word)]
+    near = difflib.get_close_matches(str(word), names.values(), n=3) or list(names.values())[:3]
+    raise ConfigConflictError(
+        f"The ground truth has no category {word!r} by name or id; it has {len(names)}, such as {', '.join(near)}."
+    )
+
+
+def _warn_of_unknown(found: Iterable[Mapping[str, Any]], names: Mapping[int, str]) -> None:
+    """They are dropped, as by pycocotools, but not in silence: wrong ids look like a model that knows nothing."""
+    unknown = [entry["category_id"] for entry in found if entry["category_id"] not in names]
+    if unknown:
+        print(
+            f"rft: left out {len(unknown)} results of {len(set(unknown))} categories that the ground truth does not "
+            f"have, such as {min(unknown, key=str)!r}",
+            file=sys.stderr,
+        )
+
+
+def _read(file: str | Path, what: str) -> Any:
+    if Path(file).is_dir():
+        raise DatasetNotFoundError(f"The {what} {file} is a folder; expected a JSON file.")
+    return load_json(file, what)
+
+
+def _check(truth: Any, found: Any, truth_name: str, found_name: str, shape: str) -> None:
+    """See that both files are of their kind, and every entry has what is read."""
+    lists = ("images", "annotations", "categories")
+    if not isinstance(truth, Mapping) or not all(isinstance(truth.get(name), list) for name in lists):
+        kind = f"a dict with {sorted(truth)[:5]}" if isinstance(truth, Mapping) else f"a {type(truth).__name__}"
+        raise AnnotationError(
+            f"{truth_name} is {kind}; expected a dict with the lists {', '.join(lists)}. The order of the arguments is "
+            "ground truth, results."
+        )
+    if not isinstance(found, list):
+        raise AnnotationError(
+            f"{found_name} is a {type(found).__name__}; expected a list of results with image_id, category_id, bbox "
+            "and score."
+        )
+    geometry = "bbox" if shape == "bbox" else "segmentation"
+    _check_entries(truth["images"], {"id"}, f"{truth_name}, image")
+    _check_entries(truth["categories"], {"id"}, f"{truth_name}, category")
+    _check_entries(truth["annotations"], {"image_id", "category_id", geometry}, f"{truth_name}, annotation")
+    _check_entries(found, {"image_id", "category_id", geometry, "score"}, f"{found_name}, entry")
+
+
+def _check_entries(entries: Iterable[Any], keys: set[str], what: str) -> None:
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, Mapping) or not keys <= entry.keys():
+            kind = sorted(entry) if isinstance(entry, Mapping) else entry
+            raise AnnotationError(f"{what} {number}: expected the keys {', '.join(sorted(keys))}, found {kind}.")
+        if "bbox" in keys and (not isinstance(entry["bbox"], list) or len(entry["bbox"]) != 4):
+            raise AnnotationError(f"{what} {number}: expected a bbox of four numbers (xywh), found {entry['bbox']}.")
+
+
+__all__ = ["coco_table", "lvis_table", "run_score", "score", "score_parser"]
