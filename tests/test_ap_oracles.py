@@ -40,6 +40,7 @@ from tests.ap_cases import (
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 Metric = COCOMeanAveragePrecision | LVISAveragePrecision
 BLOCK = 50  # random cases of one slow test
+WITH_MANY_PICTURES = (5, 9, 16, 17)  # exact cases, of boxes and of LVIS
 
 
 def check(metric: Metric, expected: Expected, where: object) -> None:
@@ -297,7 +298,7 @@ def assert_same(result: dict[str, Tensor], expected: dict[str, Tensor], where: o
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm", "lvis"])
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(18))
 def test_batches_and_order_of_pictures_do_not_matter(kind: str, seed: int) -> None:
     filled, make, items = exact(kind, seed)
     expected = filled.compute()
@@ -315,14 +316,14 @@ def named(items: list[Picture]) -> list[Picture]:
 
 
 @pytest.mark.parametrize("kind", ["bbox", "lvis"])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", WITH_MANY_PICTURES)
 def test_pictures_may_be_named_by_strings(kind: str, seed: int) -> None:
     _, make, items = exact(kind, seed)
     expected = feed(make(), named(items), 2).compute()
     assert_same(feed(make(), named(items[::-1] + items[:2])).compute(), expected)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", WITH_MANY_PICTURES)
 def test_a_picture_may_be_asked_about_class_by_class(seed: int) -> None:
     filled, make, items = exact("bbox", seed)
     questions = []
@@ -487,10 +488,6 @@ BAD = {
     "an object of a class that is not declared": ({}, {"labels": torch.tensor([4])}),
     "scores elsewhere": ({"scores": torch.ones(1, device="meta")}, {}),
     "objects elsewhere": ({}, {"boxes": torch.zeros(1, 4, device="meta")}),
-    "all of it elsewhere": (
-        {name: value.to("meta") for name, value in PRED.items()},
-        {name: value.to("meta") for name, value in TARGET.items()},
-    ),
 }
 
 

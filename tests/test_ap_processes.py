@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,15 @@ from torch import Tensor
 from rft_lightning.metrics import COCOMeanAveragePrecision, LVISAveragePrecision
 from tests.ap_cases import Picture, coco_case, lvis_case, pictures, segm_case
 
-pytestmark = pytest.mark.distributed
+pytestmark = [
+    pytest.mark.distributed,
+    # From pycocotools' mask functions under numpy 2.
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]
 
 WORLDS = (1, 2, 4)
-KINDS = {"bbox": (0, 1, 2), "segm": (0, 1), "lvis": (0, 1, 2)}  # seeds of each kind
+# Seeds of each kind: many pictures, with all scores equal and with few, and three pictures for four processes.
+KINDS = {"bbox": (8, 16, 11), "segm": (5, 18), "lvis": (16, 21)}
 DEALS = ("uneven", "one rank has nothing", "last rank has everything", "padded", "strings", "nothing anywhere")
 IMAGE = 48151623
 
@@ -94,10 +98,9 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What each process found; they start once per number of processes, which takes most of the time."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param
     with pytest.MonkeyPatch.context() as patch:
-        # pytest imports test files under names of its own; the new processes need one they can find.
-        patch.syspath_prepend(Path(__file__).parent)
-        target = importlib.import_module(Path(__file__).stem).worker
-        torch.multiprocessing.spawn(target, (world, str(folder)), nprocs=world)
+        # The new processes import this file by its name, `tests.test_ap_processes`.
+        patch.syspath_prepend(Path(__file__).parents[1])
+        torch.multiprocessing.spawn(worker, (world, str(folder)), nprocs=world)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
@@ -105,7 +108,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize(("kind", "seed", "deal"), cases())
 def test_every_process_has_the_result_of_one(ranks: list[dict[str, Any]], kind: str, seed: int, deal: str) -> None:
     expected = evaluate(kind, seed, items(kind, seed, deal), batch=2)
-    assert (float(expected["map"]) > -1) or deal == "nothing anywhere"
+    assert float(expected["map"]) > 0 or deal == "nothing anywhere"
     for rank in ranks:
         found = rank["found"][f"{kind}/{seed}/{deal}"]
         assert found.keys() == expected.keys()

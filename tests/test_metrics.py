@@ -262,7 +262,7 @@ def test_coco_errors_say_what_is_wrong(tmp_path) -> None:
     with pytest.raises(ValueError, match="scores"):
         metric.update([{"boxes": boxes, "labels": labels}], [{"boxes": boxes, "labels": labels}])
     pred = {"boxes": boxes, "labels": labels[:0], "scores": labels}
-    with pytest.raises(ValueError, match="one of labels per box"):
+    with pytest.raises(ValueError, match="expected labels of shape"):
         metric.update([pred], [{"boxes": boxes, "labels": labels}])
     with pytest.raises(ValueError, match="one target per prediction"):
         metric.update([pred], [])

@@ -205,6 +205,8 @@ def test_no_results_are_no_error(write):
     truth, _ = make_case(6)
     record = score(*write(truth, []))
     assert record["map"] == record["mar_100"] == 0
+    with pytest.raises(IndexError):
+        by_pycocotools(truth, [])
 
 
 # What is wrong --------------------------------------------------------------------------------------------------------
@@ -276,9 +278,13 @@ def test_from_a_terminal_an_error_is_one_line_and_status_2(tmp_path):
     (line,) = [line for line in result.stderr.splitlines() if "gt.json" in line]
     assert line.startswith("rft: DatasetNotFoundError: ")
     assert "Traceback" not in result.stderr
-    result = subprocess.run([*command[:-1]], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "results" in result.stderr
+
+
+def test_a_forgotten_argument_is_status_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["score", "gt.json"])
+    assert caught.value.code == 2
+    assert "results" in capsys.readouterr().err
 
 
 # The page -------------------------------------------------------------------------------------------------------------

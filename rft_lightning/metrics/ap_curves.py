@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -98,10 +99,10 @@ def _envelope(right: Tensor, n_right: Tensor, n_wrong: Tensor, classes: Tensor, 
 
     Precision is largest, and recall steps, at true positives: no other place of the curve matters.
     """
-    row, plane = right.nonzero(as_tuple=True)
-    count, wrong = n_right[row, plane].long(), n_wrong[row, plane]
+    place, plane = right.nonzero(as_tuple=True)
+    count, wrong = n_right[place, plane].long(), n_wrong[place, plane]
     value = count.double() / ((wrong + count).double() + np.spacing(1))
-    class_area = classes.index_select(0, row) * N_AREAS + plane // N_THRESHOLDS
+    class_area = classes.index_select(0, place) * N_AREAS + plane // N_THRESHOLDS
     sizes = n_objects.flatten()
     offsets = sizes.cumsum(0) - sizes
     point = _recall_points(sizes).index_select(0, offsets.index_select(0, class_area) + count - 1)
@@ -109,10 +110,11 @@ def _envelope(right: Tensor, n_right: Tensor, n_wrong: Tensor, classes: Tensor, 
     best = value.new_zeros(len(RECALL_POINTS) * width)
     column = class_area // N_AREAS * N_PLANES + plane
     best.scatter_reduce_(0, point * width + column, value, "amax")
-    rows = best.view(len(RECALL_POINTS), width)
-    for number in range(len(RECALL_POINTS) - 2, -1, -1):
-        torch.maximum(rows[number], rows[number + 1], out=rows[number])
-    return rows
+    best = best.view(len(RECALL_POINTS), width)
+    rows = best.unbind()
+    for row, beyond in reversed(list(pairwise(rows))):
+        torch.maximum(row, beyond, out=row)
+    return best
 
 
 def _recall_points(sizes: Tensor) -> Tensor:

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from rft_lightning.metrics.ap_curves import Pool, precision_recall
-from rft_lightning.metrics.ap_matching import AREA_RANGES, N_THRESHOLDS, Edges, Matches, area_planes, box_edges, match
+from rft_lightning.metrics.ap_matching import (
+    AREA_RANGES,
+    N_THRESHOLDS,
+    Edges,
+    Matches,
+    area_planes,
+    box_edges,
+    falling,
+    match,
+)
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,7 @@ class _Order:
 
 
 def _pool(det: Detections, n_images: int, cap: int) -> _Order:
-    # Ascending in the negative puts NaN last, as the evaluators do; adding 0 makes one zero of two.
-    by_score = torch.sort(-det.score + 0.0, stable=True).indices
+    by_score = falling(det.score)
     by_class = torch.sort(det.classes.index_select(0, by_score), stable=True)
     rows = by_score.index_select(0, by_class.indices)
     group = by_class.values * n_images + det.image.index_select(0, rows)

@@ -24,7 +24,7 @@ N_THRESHOLDS, N_AREAS = 10, 4
 # From numpy, like the evaluators': torch.linspace differs in the last bit, and an IoU of exactly 0.55 then falls out.
 THRESHOLDS = np.linspace(0.5, 0.95, N_THRESHOLDS)
 AREA_RANGES = ((0.0, 1e10), (0.0, 1024.0), (1024.0, 9216.0), (9216.0, 1e10))  # both ends inclusive
-ALL_PLANES = (1 << N_THRESHOLDS * N_AREAS) - 1
+_ALL_BUT_SIGN = (1 << 63) - 1
 _EVERY_AREA = sum(1 << N_THRESHOLDS * area for area in range(N_AREAS))
 _EVERY_THRESHOLD = (1 << N_THRESHOLDS) - 1
 # Pairs whose overlap is computed at once; bounds the memory.
@@ -59,6 +59,16 @@ class Matches:
     det: Tensor
     right: Tensor
     ignored: Tensor
+
+
+def falling(values: Tensor) -> Tensor:
+    """The row numbers of float64 values by falling value, equal ones in their order, NaN last.
+
+    Sorts the bits as whole numbers, which takes a seventh of the time that sorting floats does.
+    """
+    negative = (-values + 0.0).masked_fill_(values.isnan(), torch.nan)  # one zero of two, one NaN of many
+    bits = negative.view(torch.int64)
+    return torch.sort(bits ^ ((bits >> 63) & _ALL_BUT_SIGN), stable=True).indices
 
 
 def area_planes(area: Tensor) -> Tensor:
@@ -162,8 +172,8 @@ def match(edges: Edges, gt_counts: Tensor, crowd: Tensor) -> Matches:
 
 def _preference(edges: Edges) -> Tensor:
     """The edges by falling IoU, equal ones by falling row of the object."""
-    later_first = torch.sort(edges.gt, stable=True, descending=True).indices
-    by_iou = torch.sort(edges.iou.index_select(0, later_first), stable=True, descending=True).indices
+    later_first = torch.sort(-edges.gt, stable=True).indices
+    by_iou = falling(edges.iou.index_select(0, later_first))
     return later_first.index_select(0, by_iou)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,11 +33,17 @@ def mean_of_classes(per_class: Tensor, classes: Tensor, selected: list[int]) -> 
 
 def summarize_precision(precision: Tensor) -> dict[str, Tensor]:
     """``map map_50 map_75 map_small map_medium map_large`` of precision [T, R, K, A] (0.50:0.05:0.95)."""
-    result = {"map": mean_present(precision[..., 0])}
-    result["map_50"], result["map_75"] = mean_present(precision[0, ..., 0]), mean_present(precision[5, ..., 0])
-    return result | {f"map_{name}": mean_present(precision[..., n]) for n, name in enumerate(AREAS) if n}
+    by_area = mean_by(precision, (0, 1, 2))
+    loose, strict = mean_by(precision[0:6:5, ..., 0], (1, 2)).unbind()
+    return {"map": by_area[0], "map_50": loose, "map_75": strict, **_by_area("map", by_area)}
 
 
-def summarize_recall(recall: Tensor) -> dict[str, Tensor]:
-    """``mar_small mar_medium mar_large`` of recall [T, K, A]."""
-    return {f"mar_{name}": mean_present(recall[..., n]) for n, name in enumerate(AREAS) if n}
+def summarize_recall(recall: Tensor, caps: Sequence[int]) -> dict[str, Tensor]:
+    """``mar_N`` for each cap N, and ``mar_small mar_medium mar_large``, of recall [T, K, A, caps]."""
+    means = mean_by(recall, (0, 1))
+    numbers = {f"mar_{cap}": value for cap, value in zip(caps, means[0].unbind(), strict=True)}
+    return {**numbers, **_by_area("mar", means[:, -1])}
+
+
+def _by_area(name: str, values: Tensor) -> dict[str, Tensor]:
+    return {f"{name}_{area}": value for area, value in zip(AREAS[1:], values[1:].unbind(), strict=True)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rft_lightning.metrics.ap_files import FileRows
-from rft_lightning.metrics.ap_updates import Pending, Question, read_question
+from rft_lightning.metrics.ap_updates import EVERYTHING, Pending, read_batches
 from rft_lightning.metrics.base import FlatMetric, first_of_each
 
 # Up to this span class ids are looked up in a table, beyond it by bisection.
@@ -127,21 +127,31 @@ class AveragePrecision(FlatMetric):
         Raises:
             ValueError: the lists, or the tensors of a question, do not fit together; names the picture.
         """
-        if len(preds) != len(targets):
-            raise ValueError(f"Expected one target per prediction, found {len(targets)} for {len(preds)}.")
-        batch = [self._read(pred, target) for pred, target in zip(preds, targets, strict=True)]
-        # Corners are subtracted in their own dtype, whatever comes before, behind or beside them.
-        for questions in [batch] if len({q.dtypes for q in batch}) == 1 else [[question] for question in batch]:
-            if not self._pending.takes(questions):
+        check_lengths(preds, targets)
+        if not targets:
+            return
+        batches = read_batches(preds, targets)
+        questions = [(self._image_key(target.get("image_id")), _query(target.get("query"))) for target in targets]
+        marks = [self._marks_of(target) for target in targets]
+        for batch in batches:
+            # Corners are subtracted in their own dtype, whatever comes before, behind or beside them.
+            if not self._pending.takes(batch):
                 self._pack()
-            self._pending.add(questions)
+            count = len(batch.n_det)
+            self._pending.add(batch, questions[:count], marks[:count])
+            questions, marks = questions[count:], marks[count:]
 
-    def _read(self, pred: Mapping[str, Any], target: Mapping[str, Any]) -> Question:
-        image = target.get("image_id")
+    def _image_key(self, image: Any) -> int:
+        if type(image) is int:
+            return image
         key = self._key(int(image) if isinstance(image, Tensor) else image)
         if isinstance(image, str):
             self._image_names[key] = image
-        return read_question(pred, target, key)
+        return key
+
+    def _marks_of(self, target: Mapping[str, Any]) -> Sequence[tuple[int, int]]:
+        """(class, kind) of what is known of a picture beside its objects."""
+        return ()
 
     def _add_file(self, rows: FileRows, n_marks: Sequence[int] | None = None) -> None:
         self._add_rows("questions", torch.from_numpy(rows.questions(n_marks)))
@@ -235,6 +245,16 @@ class AveragePrecision(FlatMetric):
     def _name(self, key: int) -> str:
         """An image for an error message; strings are known on the rank that added them."""
         return repr(self._image_names[key]) if key in self._image_names else str(key)
+
+
+def check_lengths(preds: Sequence[Any], targets: Sequence[Any]) -> None:
+    """Raises ValueError where there is not one target for each prediction."""
+    if len(preds) != len(targets):
+        raise ValueError(f"Expected one target per prediction, found {len(targets)} for {len(preds)}.")
+
+
+def _query(value: Any) -> int:
+    return EVERYTHING if value is None else int(value)
 
 
 def segments(counts: Tensor, kept: Tensor) -> Tensor:

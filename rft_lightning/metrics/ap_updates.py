@@ -9,75 +9,119 @@ import torch
 from torch import Tensor
 
 EVERYTHING = -(2**63)  # the query of an update that asks for all classes at once
-_PREDICTION = ("boxes", "scores", "labels")
-_TARGET = ("boxes", "labels", "area", "iscrowd", "ignore")
+_PREDICTION = {"boxes": True, "scores": True, "labels": True}  # name -> required
+_TARGET = {"boxes": True, "labels": True, "area": False, "iscrowd": False, "ignore": False}
+
+Items = Sequence[Mapping[str, Any]]
+Columns = tuple[Tensor | None, ...]
 
 
-class Question(NamedTuple):
-    """One question.
+class Batch(NamedTuple):
+    """Some questions, their tensors behind one another.
 
     Attributes:
-        image: key of the picture.
-        query: what was asked.
-        det: the tensors of `_PREDICTION`.
-        gt: the tensors of `_TARGET`, None where one was not given.
-        marks: (class, kind) pairs that say what is known of the picture beside its objects.
+        n_det: detections of each.
+        n_gt: objects of each.
+        det: boxes [N, 4] xyxy, scores [N], labels [N].
+        gt: boxes [M, 4] xyxy, labels [M]; area, iscrowd, ignore [M], or None.
     """
 
-    image: int
-    query: int
-    det: tuple[Any, ...]
-    gt: tuple[Any, ...]
-    marks: tuple[tuple[int, int], ...] = ()
+    n_det: list[int]
+    n_gt: list[int]
+    det: Columns
+    gt: Columns
 
     @property
-    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of the boxes of detections and objects."""
-        return self.det[0].dtype, self.gt[0].dtype
+    def kind(self) -> tuple[Any, ...]:
+        """What batches that are packed together have in common: dtypes of the boxes, device, optional columns."""
+        boxes = [columns[0] for columns in (self.det, self.gt)]
+        return (*((b.dtype, b.device) for b in boxes if b is not None), *(column is None for column in self.gt))
 
 
-def read_question(pred: Mapping[str, Any], target: Mapping[str, Any], image: int) -> Question:
-    """A question, checked as far as that needs no look at values.
+def read_batches(preds: Items, targets: Items) -> list[Batch]:
+    """The questions of an update: one batch, or a batch for each question where they do not go together.
 
     Raises:
-        ValueError: something is missing or has another shape than expected, or tensors lie on different devices.
+        ValueError: something is missing or has another shape than expected, or tensors lie on different devices; names
+            the picture.
     """
-    query = target.get("query")
     try:
-        det = [_tensor(pred.get(name)) for name in _PREDICTION]
-        gt = [_tensor(target.get(name)) for name in _TARGET]
-        _check(det, _PREDICTION, 3)
-        _check(gt, _TARGET, 2)
-        devices = {tensor.device for tensor in (*det, *gt) if tensor is not None}
-        if len(devices) > 1 or torch.device("meta") in devices:
-            found = ", ".join(sorted(map(str, devices)))
-            raise ValueError(f"expected tensors on one device, with data, found them on {found}.")
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"Image {target.get('image_id', 'without image_id')!r}: {error}") from error
-    return Question(image, EVERYTHING if query is None else int(query), tuple(det), tuple(gt))
+        return [_joined(preds, targets)]
+    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError):
+        # One by one: each as a tensor, and what is wrong with one by name.
+        pairs = zip(preds, targets, strict=True)
+        return [_joined(*([item] for item in _checked_pair(pred, target))) for pred, target in pairs]
 
 
-def _tensor(value: Any) -> Tensor | None:
-    return value if value is None or isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+def _joined(preds: Items, targets: Items) -> Batch:
+    n_det, det = _columns(preds, _PREDICTION)
+    n_gt, gt = _columns(targets, _TARGET)
+    return Batch(n_det, n_gt, det, gt)
 
 
-def _check(tensors: list[Tensor | None], names: Sequence[str], required: int) -> None:
-    """Refuse what is missing or does not fit; boxes without any entry may have any shape."""
-    for tensor, name in zip(tensors[:required], names, strict=False):
-        if tensor is None:
+def _columns(items: Items, names: Mapping[str, bool]) -> tuple[list[int], Columns]:
+    """Sizes and joined columns; raises something where the items are not all alike."""
+    boxes = [item["boxes"] for item in items]
+    sizes = [box.shape[0] for box in boxes]
+    joined = torch.cat(boxes)
+    if joined.shape[1:] != (4,) or joined.is_meta or len({box.dtype for box in boxes}) > 1:
+        raise ValueError
+    columns: list[Tensor | None] = [joined]
+    for name, required in list(names.items())[1:]:
+        values: list[Any] = [item[name] if required else item.get(name) for item in items]
+        if not required and values[0] is None:
+            if any(value is not None for value in values):
+                raise ValueError
+            columns.append(None)
+            continue
+        joined = torch.cat(values)
+        if joined.ndim != 1 or [value.shape[0] for value in values] != sizes:
+            raise ValueError
+        columns.append(joined)
+    return sizes, tuple(columns)
+
+
+def _checked_pair(pred: Mapping[str, Any], target: Mapping[str, Any]) -> list[dict[str, Tensor | None]]:
+    """The entries of one question as tensors.
+
+    Raises:
+        ValueError: see :func:`read_batches`.
+    """
+    where = f"Image {target.get('image_id', 'without image_id')!r}"
+    found = [_checked(pred, _PREDICTION, where), _checked(target, _TARGET, where)]
+    devices = {tensor.device for item in found for tensor in item.values() if tensor is not None}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"{where}: expected tensors on one device, with data, found them on {names}.")
+    return found
+
+
+def _checked(item: Mapping[str, Any], names: Mapping[str, bool], where: str) -> dict[str, Tensor | None]:
+    tensors = {name: _tensor(item.get(name), f"{where}: {name}") for name in names}
+    for name, required in names.items():
+        if required and tensors[name] is None:
             hint = " Give every box a score, such as 1." if name == "scores" else ""
-            raise ValueError(f"expected {name}, found none.{hint}")
-    boxes = tensors[0]
+            raise ValueError(f"{where}: expected {name}, found none.{hint}")
+    boxes = tensors["boxes"]
     assert boxes is not None
-    if boxes.shape[-1:] != (4,) or boxes.ndim != 2:
-        if boxes.numel():
-            raise ValueError(f"expected boxes of shape [N, 4] (x1, y1, x2, y2), found {list(boxes.shape)}.")
-        tensors[0] = boxes = boxes.reshape(0, 4)
-    for tensor, name in zip(tensors[1:], names[1:], strict=True):
-        if tensor is not None and tensor.shape != boxes.shape[:1]:
-            raise ValueError(
-                f"expected one of {name} per box, found shape {list(tensor.shape)} for {len(boxes)} boxes."
-            )
+    if boxes.numel() == 0:
+        tensors["boxes"] = boxes = boxes.reshape(0, 4)
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"{where}: expected boxes of shape [N, 4] (x1, y1, x2, y2), found {list(boxes.shape)}.")
+    for name, tensor in tensors.items():
+        if name != "boxes" and tensor is not None and tensor.shape != boxes.shape[:1]:
+            shape = list(tensor.shape)
+            raise ValueError(f"{where}: expected {name} of shape [{len(boxes)}], one per box, found {shape}.")
+    return tensors
+
+
+def _tensor(value: Any, where: str) -> Tensor | None:
+    if value is None or isinstance(value, Tensor):
+        return value
+    try:
+        return torch.as_tensor(value, dtype=torch.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} are no numbers ({error}).") from error
 
 
 class Pending:
@@ -85,53 +129,45 @@ class Pending:
 
     def __init__(self) -> None:
         self._keys: list[tuple[int, int, int, int, int]] = []
-        self._det: list[tuple[Tensor, ...]] = []
-        self._gt: list[tuple[Tensor, ...]] = []
         self._marks: list[tuple[int, int]] = []
+        self._batches: list[Batch] = []
 
     def __bool__(self) -> bool:
         return bool(self._keys)
 
-    def takes(self, questions: Sequence[Question]) -> bool:
-        """Whether these questions have boxes of the dtypes of those that are here."""
-        return not self._keys or self._dtypes == questions[0].dtypes
+    def takes(self, batch: Batch) -> bool:
+        """Whether a batch can be packed with those that are here."""
+        return not self._batches or self._batches[-1].kind == batch.kind
 
-    def add(self, questions: Sequence[Question]) -> None:
-        """Copy a batch of questions, so that the caller may go on writing into its tensors."""
-        self._dtypes = questions[0].dtypes
-        self._keys += [(q.image, q.query, len(q.det[0]), len(q.gt[0]), len(q.marks)) for q in questions]
-        self._marks += [mark for q in questions for mark in q.marks]
-        self._det.append(tuple(torch.cat(column) for column in zip(*(q.det for q in questions), strict=True)))
-        self._gt.append(_joined([q.gt for q in questions]))
+    def add(
+        self, batch: Batch, questions: Sequence[tuple[int, int]], marks: Sequence[Sequence[tuple[int, int]]]
+    ) -> None:
+        """Add a batch with the key and the query of each question, and what is known of it beside its objects."""
+        sizes = zip(questions, batch.n_det, batch.n_gt, marks, strict=True)
+        self._keys += [(image, query, n_det, n_gt, len(known)) for (image, query), n_det, n_gt, known in sizes]
+        for known in marks:
+            self._marks += known
+        self._batches.append(batch)
 
     def rows(self) -> dict[str, Tensor]:
         """The rows of each state."""
-        boxes, scores, labels = (torch.cat(column) for column in zip(*self._det, strict=True))
-        det = torch.cat([labels[:, None].double(), _xywh(boxes), scores[:, None].double()], 1)
-        boxes, labels, area, crowd, ignore = (torch.cat(column) for column in zip(*self._gt, strict=True))
+        det, gt = ([_cat(column) for column in zip(*some, strict=True)] for some in self._sides())
+        boxes, scores, labels = det
+        found = torch.cat([labels[:, None].double(), _xywh(boxes), scores[:, None].double()], 1)
+        boxes, labels, area, crowd, ignore = gt
         gt_boxes = _xywh(boxes)
-        # NaN: no area was given.
-        area = torch.where(area.isnan(), gt_boxes[:, 2] * gt_boxes[:, 3], area)
-        gt = torch.cat([labels[:, None].double(), gt_boxes, torch.stack([area, crowd, ignore], 1)], 1)
-        keys, marks = (torch.tensor(rows, dtype=torch.int64) for rows in (self._keys, self._marks))
-        return {"questions": keys, "det": det, "gt": gt, "marks": marks}
+        area = gt_boxes[:, 2] * gt_boxes[:, 3] if area is None else area.double()
+        marks = [torch.zeros_like(area) if column is None else column.double() for column in (crowd, ignore)]
+        truth = torch.cat([labels[:, None].double(), gt_boxes, torch.stack([area, *marks], 1)], 1)
+        keys, known = (torch.tensor(rows, dtype=torch.int64) for rows in (self._keys, self._marks))
+        return {"questions": keys, "det": found, "gt": truth, "marks": known}
+
+    def _sides(self) -> tuple[list[Columns], list[Columns]]:
+        return [batch.det for batch in self._batches], [batch.gt for batch in self._batches]
 
 
-def _joined(targets: Sequence[tuple[Any, ...]]) -> tuple[Tensor, ...]:
-    """The columns of some targets; what is optional in float64, NaN for an area and 0 for a mark not given."""
-    boxes = [target[0] for target in targets]
-    columns = [torch.cat(boxes), torch.cat([target[1] for target in targets])]
-    for number, default in ((2, torch.nan), (3, 0.0), (4, 0.0)):
-        given = [target[number] for target in targets]
-        if all(value is None for value in given):
-            columns.append(torch.full((len(columns[0]),), default, dtype=torch.float64, device=columns[0].device))
-        else:
-            parts = [
-                box.new_full((len(box),), default, dtype=torch.float64) if value is None else value.double()
-                for box, value in zip(boxes, given, strict=True)
-            ]
-            columns.append(torch.cat(parts))
-    return tuple(columns)
+def _cat(column: Sequence[Tensor | None]) -> Any:
+    return None if column[0] is None else torch.cat(column)  # type: ignore[arg-type]
 
 
 def _xywh(boxes: Tensor) -> Tensor:

@@ -100,7 +100,9 @@ class FlatMetric(Metric):
         getattr(self, name).append(rows)
 
     def _rows(self, name: str) -> Tensor:
-        return dim_zero_cat(getattr(self, name))
+        state = getattr(self, name)
+        filled = [rows for rows in state if len(rows)] if isinstance(state, list) else []
+        return filled[0] if len(filled) == 1 else dim_zero_cat(state)  # one chunk needs no copy
 
     def _key(self, value: SampleId | None) -> int:
         """The id as int64; None makes a new one that no other call and no other rank makes."""

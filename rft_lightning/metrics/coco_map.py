@@ -18,12 +18,10 @@ from rft_lightning.metrics.ap_matching import Edges
 from rft_lightning.metrics.ap_summary import (
     mean_by,
     mean_of_classes,
-    mean_present,
     summarize_precision,
     summarize_recall,
 )
-from rft_lightning.metrics.ap_tables import AveragePrecision, Tables
-from rft_lightning.metrics.ap_updates import Question
+from rft_lightning.metrics.ap_tables import AveragePrecision, Tables, check_lengths
 
 CAPS = (1, 10, 100)
 
@@ -78,7 +76,21 @@ class COCOMeanAveragePrecision(AveragePrecision):
         Raises:
             ValueError: the lists, or the tensors of a question, do not fit together; names the picture.
         """
-        super().update(preds, targets)
+        if self.iou_type == "segm":
+            self._update_masks(preds, targets)
+        else:
+            super().update(preds, targets)
+
+    def _update_masks(self, preds: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]) -> None:
+        check_lengths(preds, targets)
+        for pred, target in zip(preds, targets, strict=True):
+            overlaps, area, true_area = mask_overlaps(pred, target)
+            given = true_area if target.get("area") is None else target["area"]
+            # No box is looked at.
+            found = {**pred, "boxes": area.new_zeros(len(area), 4)}
+            super().update([found], [{**target, "area": given, "boxes": area.new_zeros(len(true_area), 4)}])
+            self._add_rows("overlaps", overlaps)
+            self._add_rows("mask_area", area)
 
     def compute(self) -> dict[str, Tensor]:
         """The COCO summary.
@@ -96,9 +108,7 @@ class COCOMeanAveragePrecision(AveragePrecision):
         tables = self._tables()
         precision, recall = self._evaluate(tables)
         per_class = mean_by(precision[..., 0], (0, 1))
-        result = summarize_precision(precision)
-        result |= {f"mar_{cap}": mean_present(recall[:, :, 0, n]) for n, cap in enumerate(CAPS)}
-        result |= summarize_recall(recall[..., -1])
+        result = {**summarize_precision(precision), **summarize_recall(recall, CAPS)}
         if self.selected is not None:
             result["map_selected"] = mean_of_classes(per_class, tables.classes, self.selected)
         if self.arrays:
@@ -142,20 +152,6 @@ class COCOMeanAveragePrecision(AveragePrecision):
             metric._add_rows("overlaps", overlaps)
             metric._add_rows("mask_area", area)
         return metric
-
-    def _read(self, pred: Mapping[str, Any], target: Mapping[str, Any]) -> Question:
-        if self.iou_type == "segm":
-            overlaps, area, true_area = mask_overlaps(pred, target)
-            # No box is looked at.
-            pred = {**pred, "boxes": area.new_zeros(len(area), 4)}
-            target = {**target, "boxes": area.new_zeros(len(true_area), 4)}
-            if target.get("area") is None:
-                target["area"] = true_area
-            question = super()._read(pred, target)
-            self._add_rows("overlaps", overlaps)
-            self._add_rows("mask_area", area)
-            return question
-        return super()._read(pred, target)
 
     def _evaluate(self, tables: Tables) -> tuple[Tensor, Tensor]:
         boxes = tables.det[:, 1:5].T.contiguous()

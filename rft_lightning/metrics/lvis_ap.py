@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rft_lightning.metrics.ap_evaluation import Detections, Objects, evaluate
 from rft_lightning.metrics.ap_files import read_files
+from rft_lightning.metrics.ap_matching import falling
 from rft_lightning.metrics.ap_summary import (
     mean_by,
     mean_of_classes,
@@ -22,7 +23,6 @@ from rft_lightning.metrics.ap_summary import (
     summarize_recall,
 )
 from rft_lightning.metrics.ap_tables import AveragePrecision, Tables, packed
-from rft_lightning.metrics.ap_updates import Question
 
 MAX_DETECTIONS = 300  # of a picture, over all classes
 FREQUENCIES = {"rare": "r", "common": "c", "frequent": "f"}
@@ -120,11 +120,11 @@ class LVISAveragePrecision(AveragePrecision):
             for name, letter in FREQUENCIES.items():
                 chosen = torch.tensor([found == letter for found in letters], dtype=torch.bool, device=precision.device)
                 result[f"map_{name}"] = mean_present(precision[:, :, chosen, 0])
-        result |= {"mar_300": mean_present(recall[..., 0]), **summarize_recall(recall)}
+        result |= summarize_recall(recall, (MAX_DETECTIONS,))
         if self.selected is not None:
             result["map_selected"] = mean_of_classes(per_class, tables.classes, self.selected)
         if self.arrays:
-            result |= {"precision": precision, "recall": recall}
+            result |= {"precision": precision, "recall": recall[..., 0]}
         return {**result, "map_per_class": per_class, "classes": tables.classes}
 
     @classmethod
@@ -159,9 +159,8 @@ class LVISAveragePrecision(AveragePrecision):
         metric._add_rows("marks", [mark for some in marks for mark in some])
         return metric
 
-    def _read(self, pred: Mapping[str, Any], target: Mapping[str, Any]) -> Question:
-        question = super()._read(pred, target)
-        return question._replace(marks=_marks(target, "neg_labels", "not_exhaustive_labels", None))
+    def _marks_of(self, target: Mapping[str, Any]) -> Sequence[tuple[int, int]]:
+        return _marks(target, "neg_labels", "not_exhaustive_labels", None)
 
     def _sizes(self, questions: Tensor) -> dict[str, Tensor]:
         return {**super()._sizes(questions), "marks": questions[:, 4]}
@@ -188,8 +187,7 @@ class LVISAveragePrecision(AveragePrecision):
             score=tables.det[:, 5].index_select(0, kept),
             exempt=exempt[pair.index_select(0, kept)],
         )
-        precision, recall = evaluate(det, gt, tables.n_images, n_classes, caps=(MAX_DETECTIONS,))
-        return precision, recall[..., 0]
+        return evaluate(det, gt, tables.n_images, n_classes, caps=(MAX_DETECTIONS,))
 
     def _known(self, tables: Tables, gt: Objects) -> tuple[Tensor, Tensor]:
         """For each picture and class, flat: do detections count; are not all objects annotated."""
@@ -231,7 +229,7 @@ def _within_cap(tables: Tables) -> Tensor:
     counts = torch.bincount(tables.det_image, minlength=tables.n_images)
     if not len(counts) or int(counts.max()) <= MAX_DETECTIONS:
         return torch.ones_like(tables.det_image, dtype=torch.bool)
-    by_score = torch.sort(-tables.det[:, 5] + 0.0, stable=True).indices
+    by_score = falling(tables.det[:, 5])
     by_image = by_score[torch.sort(tables.det_image[by_score], stable=True).indices]
     rank = torch.arange(len(by_image), device=by_image.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     kept = torch.empty_like(rank, dtype=torch.bool)
