@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
-from rft_lightning.metrics import ParseRate, stable_id
+from rft_lightning.metrics import ParseRate
 from rft_lightning.metrics.base import SampleId
 from rft_lightning.sample import Prediction
 
@@ -44,7 +45,7 @@ class MetricCallback(Callback, ABC):
         """The metrics of the subclass; they are moved to the device and reset here."""
 
     @abstractmethod
-    def update(self, predictions: list[Prediction], targets: list[Any], ids: list[int], loader: int) -> None:
+    def update(self, predictions: list[Prediction], targets: list[Any], ids: list[SampleId], loader: int) -> None:
         """Add predictions with their targets, all of `target_type`, and the ids of their samples.
 
         Further ids go through :func:`loader_id` with `loader`, the index of the dataloader.
@@ -53,6 +54,10 @@ class MetricCallback(Callback, ABC):
     @abstractmethod
     def compute(self) -> tuple[dict[str, float], dict[str, float]]:
         """Numbers to log, and the value per class; called on every rank, whether it saw samples or not."""
+
+    def summary(self) -> str:
+        """One line about `results`, printed after a run; empty for none. Says what the numbers depend on."""
+        return ""
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)
@@ -122,6 +127,8 @@ class MetricCallback(Callback, ABC):
             return
         named = {f"{prefix}/{name}": value for name, value in self.results.items()}
         pl_module.log_dict(named, rank_zero_only=False, sync_dist=False, batch_size=count)
+        if self.summary() and not trainer.sanity_checking:
+            rank_zero_info(f"{prefix}: {self.summary()}, over {count} samples")
         if self.per_class and not trainer.sanity_checking and trainer.is_global_zero:
             for logger in trainer.loggers:
                 write_table(logger, f"{prefix}/per_class", self.table_title, self.per_class, trainer.global_step)
@@ -135,9 +142,9 @@ def predictions_of(outputs: Any) -> list[Prediction]:
     return list(outputs.get("predictions", ())) if isinstance(outputs, Mapping) else []
 
 
-def loader_id(value: SampleId, loader: int) -> int:
-    """An id as int64 that differs between the dataloaders of a run: their data sets number pictures independently."""
-    return stable_id(f"{loader}/{value}") if loader else stable_id(value)
+def loader_id(value: SampleId, loader: int) -> SampleId:
+    """An id that differs between the dataloaders of a run: their data sets number pictures independently."""
+    return f"{loader}/{value}" if loader else value
 
 
 def write_table(logger: Any, name: str, title: str, values: Mapping[str, float], step: int) -> None:

@@ -6,54 +6,73 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from rft_lightning.boxes import valid_boxes
 from rft_lightning.callbacks.base import MetricCallback, loader_id
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.metrics import ClassNames, COCOMeanAveragePrecision, MatchedIoU
+from rft_lightning.metrics import ClassNames, COCOMeanAveragePrecision, LVISAveragePrecision, MatchedIoU
+from rft_lightning.metrics.base import SampleId
 from rft_lightning.sample import DetectionTarget, Prediction
 
 SCORES = ("confidence", "one", "area", "rank")
-_LOGGED = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_100")
+PROTOCOLS = ("coco", "lvis", "lvis_published_code")
+_SIZES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
+_LOGGED = {"coco": (*_SIZES, "mar_100"), "lvis": (*_SIZES, "map_rare", "map_common", "map_frequent", "mar_300")}
 _LOGGED_IOU = ("box_iou_mean", "box_iou_mean_parsed")
+# What an answer with swapped corners counts as: the evaluators would ignore it for its area, and it is wrong.
+_NOWHERE = (-2.0, -2.0, -1.0, -1.0)
 
 
 class DetectionMAP(MetricCallback):
-    """COCO average precision of detection samples, and their mean IoU under one-to-one matching.
+    """Average precision of detection samples, and their mean IoU under one-to-one matching.
 
-    Logs ``map map_50 map_75 map_small map_medium map_large mar_100 box_iou_mean box_iou_mean_parsed parse_rate`` in
-    [0, 1]; -1 where no object falls in the range. `per_class` holds the AP of each category.
+    Logs ``map map_50 map_75 map_small map_medium map_large``, ``mar_100`` (under LVIS ``map_rare map_common
+    map_frequent mar_300``), ``box_iou_mean box_iou_mean_parsed parse_rate`` in [0, 1]; -1 where no object falls in the
+    range. `per_class` holds the AP of each category.
 
     A sample asks for one category of one picture. Samples without objects take part: their detections are false
-    positives. Crowds (``ignore_boxes``) make an answer neither right nor wrong.
+    positives. Crowds (``ignore_boxes``) make an answer neither right nor wrong. Under LVIS a detection that matches
+    nothing is ignored where not all objects of the category are annotated (``not_exhaustive``).
 
     Args:
         score_from: what ranks the boxes of all pictures, which average precision depends on: ``confidence`` as the
             model wrote it (1 where it wrote none), ``one`` (all equal; ties go by image id and order), ``area`` (share
             of the picture, larger first) or ``rank`` (position in the answer, first box first). Report it with the
             number.
+        protocol: ``coco``; ``lvis``; or ``lvis_published_code``, the authors' average over area ranges (see
+            :class:`rft_lightning.metrics.LVISAveragePrecision`).
 
     Raises:
-        ConfigConflictError: unknown `score_from`.
+        ConfigConflictError: unknown `score_from` or `protocol`.
     """
 
     target_type = DetectionTarget
 
-    def __init__(self, score_from: Literal["confidence", "one", "area", "rank"] = "confidence") -> None:
+    def __init__(
+        self,
+        score_from: Literal["confidence", "one", "area", "rank"] = "confidence",
+        protocol: Literal["coco", "lvis", "lvis_published_code"] = "coco",
+    ) -> None:
         super().__init__()
-        if score_from not in SCORES:
-            raise ConfigConflictError(f"Expected score_from to be one of {', '.join(SCORES)}, found {score_from!r}.")
-        self.score_from = score_from
-        self.table_title = f"AP (scores from {score_from})"
-        self.average_precision = COCOMeanAveragePrecision()
+        for name, value, known in (("score_from", score_from, SCORES), ("protocol", protocol, PROTOCOLS)):
+            if value not in known:
+                raise ConfigConflictError(f"Expected {name} to be one of {', '.join(known)}, found {value!r}.")
+        self.score_from, self.protocol = score_from, protocol
+        self.table_title = f"AP ({protocol}, scores from {score_from})"
+        self.average_precision: COCOMeanAveragePrecision | LVISAveragePrecision
+        # A sample that comes again in another batch may be answered in other words where numbers are half precision.
+        if protocol == "coco":
+            self.average_precision = COCOMeanAveragePrecision(on_conflict="first")
+        else:
+            published: Any = "published_code" if protocol == "lvis_published_code" else "lvis"
+            self.average_precision = LVISAveragePrecision(protocol=published, on_conflict="first")
         self.matched_iou = MatchedIoU()
         self.names = ClassNames()
 
-    def metrics(self) -> list[Metric]:
+    def metrics(self) -> list[Any]:
         return [self.average_precision, self.matched_iou, self.names]
 
-    def update(self, predictions: list[Prediction], targets: list[Any], ids: list[int], loader: int) -> None:
+    def update(self, predictions: list[Prediction], targets: list[Any], ids: list[SampleId], loader: int) -> None:
         preds = [self._detections(p, target) for p, target in zip(predictions, targets, strict=True)]
         images = [loader_id(prediction.sample.image_id, loader) for prediction in predictions]
         truth = [_objects(target, image) for target, image in zip(targets, images, strict=True)]
@@ -63,16 +82,20 @@ class DetectionMAP(MetricCallback):
 
     def compute(self) -> tuple[dict[str, float], dict[str, float]]:
         precision, iou, names = self.average_precision.compute(), self.matched_iou.compute(), self.names.compute()
-        results = {name: float(precision[name]) for name in _LOGGED}
-        results.update({name: float(iou[name]) for name in _LOGGED_IOU})
+        logged = _LOGGED[self.protocol.removesuffix("_published_code")]
+        found = {name: precision[name] for name in logged if name in precision} | {n: iou[n] for n in _LOGGED_IOU}
+        numbers = torch.stack([value.double() for value in found.values()]).tolist()
         classes = precision["classes"].reshape(-1).tolist()  # torchmetrics squeezes a single class
         by_id = dict(zip(classes, precision["map_per_class"].reshape(-1).tolist(), strict=True))
-        return results, {name: by_id[key] for key, name in names.items() if key in by_id}
+        per_class = {name: by_id[key] for key, name in names.items() if key in by_id}
+        return dict(zip(found, numbers, strict=True)), per_class
+
+    def summary(self) -> str:
+        return f"AP {self.results['map']:.4f} ({self.protocol}, scores from {self.score_from})"
 
     def _detections(self, prediction: Prediction, target: DetectionTarget) -> dict[str, Tensor]:
         boxes = prediction.answer.boxes
-        # An answer with swapped corners is wrong; COCO would ignore it for its negative area, but not without any area.
-        boxes = torch.where(valid_boxes(boxes)[:, None], boxes, boxes[:, [0, 1, 0, 1]])
+        boxes = torch.where(valid_boxes(boxes)[:, None], boxes, boxes.new_tensor(_NOWHERE))
         labels = torch.full((len(boxes),), target.category_id)
         return {"boxes": boxes, "scores": self._scores(prediction), "labels": labels}
 
@@ -88,19 +111,26 @@ class DetectionMAP(MetricCallback):
         return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) / (width * height)
 
 
-def _objects(target: DetectionTarget, image: int) -> dict[str, Tensor | int]:
+def _objects(target: DetectionTarget, image: SampleId) -> dict[str, Any]:
     # The target fills in the optional fields when it is made.
     assert target.areas is not None
     assert target.ignore_boxes is not None
     assert target.ignore_areas is not None
     objects, crowds = len(target.boxes), len(target.ignore_boxes)
+    ignored = (torch.arange(objects + crowds) >= objects).double()
+    category = target.category_id
     return {
         "boxes": torch.cat([target.boxes, target.ignore_boxes]),
-        "labels": torch.full((objects + crowds,), target.category_id),
+        "labels": torch.full((objects + crowds,), category),
         "area": torch.cat([target.areas, target.ignore_areas]),
-        "iscrowd": torch.arange(objects + crowds) >= objects,
+        "iscrowd": ignored,
         "image_id": image,
-        "query": target.category_id,
+        "query": category,
+        # Read by LVIS alone.
+        "ignore": ignored,
+        "neg_labels": [] if objects else [category],
+        "not_exhaustive_labels": [category] if target.not_exhaustive else [],
+        "frequency": {category: target.frequency} if target.frequency else {},
     }
 
 

@@ -8,6 +8,7 @@ from torchmetrics import Metric
 
 from rft_lightning.callbacks.base import MetricCallback
 from rft_lightning.metrics import BoxIoU
+from rft_lightning.metrics.base import SampleId
 from rft_lightning.sample import GroundingTarget, Prediction
 
 
@@ -29,7 +30,7 @@ class GroundingIoU(MetricCallback):
     def metrics(self) -> list[Metric]:
         return [self.box_iou]
 
-    def update(self, predictions: list[Prediction], targets: list[Any], ids: list[int], loader: int) -> None:
+    def update(self, predictions: list[Prediction], targets: list[Any], ids: list[SampleId], loader: int) -> None:
         self.box_iou.update([prediction.answer for prediction in predictions], targets, ids)
 
     def compute(self) -> tuple[dict[str, float], dict[str, float]]:

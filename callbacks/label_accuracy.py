@@ -8,6 +8,7 @@ from torchmetrics import Metric
 
 from rft_lightning.callbacks.base import MetricCallback
 from rft_lightning.metrics import ClassificationAccuracy
+from rft_lightning.metrics.base import SampleId
 from rft_lightning.sample import ClassTarget, Prediction
 
 
@@ -15,7 +16,7 @@ class LabelAccuracy(MetricCallback):
     """Share of pictures whose class was named.
 
     Logs ``accuracy`` (strict rules), ``accuracy_lenient`` (the published evaluation: one name contains the other) and
-    ``parse_rate``. `per_class` holds the strict accuracy of each class.
+    ``parse_rate`` (an answer that cannot be read is wrong). `per_class` holds the strict accuracy of each class.
     """
 
     target_type = ClassTarget
@@ -28,7 +29,7 @@ class LabelAccuracy(MetricCallback):
     def metrics(self) -> list[Metric]:
         return [self.accuracy]
 
-    def update(self, predictions: list[Prediction], targets: list[Any], ids: list[int], loader: int) -> None:
+    def update(self, predictions: list[Prediction], targets: list[Any], ids: list[SampleId], loader: int) -> None:
         self.accuracy.update([prediction.answer for prediction in predictions], targets, ids)
 
     def compute(self) -> tuple[dict[str, float], dict[str, float]]:

@@ -118,12 +118,22 @@ class Draw:
             made = list(box)
         return (np.floor(np.array(made) * 4) / 4).tolist() if self.exact else made
 
+    def twins(self, box: list[float]) -> tuple[list[list[float]], list[float]]:
+        """Two objects with the same IoU with the detection between them: what it takes decides what is left."""
+        x, y, w, h = box
+        shift = float(self.rng.choice([w / 8, w / 4])) if w >= 8 else 0.0
+        return [[x - shift, y, w, h], [x + shift, y, w, h]], [x, y, w, h]
+
     def group(self, empty: bool) -> tuple[list[list[float]], list[list[float]]]:
         """Objects and detections of one class in one image."""
         objects = [] if empty else self.boxes(int(self.rng.choice([0, 0, 1, 1, 2, 3, 7])))
         if objects and self.chance(0.3):
             objects += [objects[0]] * int(self.rng.integers(1, 3))
         found = [self.near(box) for box in objects for _ in range(int(self.rng.integers(0, 3)))]
+        if objects and self.chance(0.4):
+            pair, between = self.twins(objects[-1])
+            objects += pair
+            found += [between, pair[int(self.rng.integers(2))]]
         found += self.boxes(int(self.rng.integers(0, 3)))
         if self.chance(0.2):
             found.append([0.0, 0.0, 200.0, 200.0])  # covers every object
@@ -198,6 +208,10 @@ def segm_case(seed: int, *, exact: bool = False) -> tuple[Content, list[Content]
     for image, category in _groups(draw, gt):
         objects = [_shape(draw, size) for _ in range(int(draw.rng.choice([0, 1, 1, 2, 4])))]
         found = [_altered(draw, mask) for mask in objects for _ in range(int(draw.rng.integers(0, 3)))]
+        if objects and draw.chance(0.4):  # as the twins among the boxes
+            pair = [np.roll(objects[0], step, 1) for step in (-1, 1)]
+            found += [objects[0], pair[int(draw.rng.integers(2))]]
+            objects = pair + objects[1:]
         found += [_shape(draw, size) for _ in range(int(draw.rng.integers(0, 2)))]
         if draw.crowded_group and found:
             draw.crowded_group = False

@@ -20,7 +20,7 @@ pytestmark = [
 
 WORLDS = (1, 2, 4)
 # Seeds of each kind: many pictures, with all scores equal and with few, and three pictures for four processes.
-KINDS = {"bbox": (8, 16, 11), "segm": (5, 18), "lvis": (16, 21)}
+KINDS = {"bbox": (8, 25, 11), "segm": (5, 18), "lvis": (17, 21)}
 DEALS = ("uneven", "one rank has nothing", "last rank has everything", "padded", "strings", "nothing anywhere")
 IMAGE = 48151623
 

@@ -18,7 +18,7 @@ from rft_lightning.callbacks import BeforeAfter, DetectionMAP, GroundingIoU, Lab
 from rft_lightning.callbacks.base import MetricCallback
 from rft_lightning.callbacks.figures import running_mean
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.metrics import COCOMeanAveragePrecision
+from rft_lightning.metrics import COCOMeanAveragePrecision, LVISAveragePrecision
 from rft_lightning.sample import Answer, ClassTarget, DetectionTarget, GroundingTarget, Prediction, Sample, Target
 
 Predictions = list[list[Prediction]]  # one list per batch
@@ -141,6 +141,52 @@ def test_detection_map_equals_direct_computation(tmp_path: Path) -> None:
     assert set(logged) == {f"val/{name}" for name in callback.results}
 
 
+@pytest.mark.parametrize("protocol", ["lvis", "lvis_published_code"])
+def test_lvis_counts_what_is_known(tmp_path: Path, protocol: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Questions by category and picture give what files of the same content give."""
+    rare, often = {"category": "cat", "category_id": 17, "frequency": "r"}, {"category": "dog", "category_id": 18}
+    often["frequency"] = "f"
+    some = DetectionTarget(boxes=[[0, 0, 40, 40]], not_exhaustive=True, **rare)
+    box, other = [0, 0, 40, 39], [50, 0, 64, 30]
+    batch = [
+        prediction("1/cat", some, Answer(boxes=[other, box], confidences=[0.9, 0.8]), 1),
+        prediction(
+            "1/dog", DetectionTarget(boxes=[box], **often), Answer(boxes=[other, box], confidences=[0.7, 0.6]), 1
+        ),
+        prediction("2/dog", DetectionTarget(boxes=[], **often), Answer(boxes=[other], confidences=[0.95]), 2),
+        prediction("3/dog", DetectionTarget(boxes=[box], **often), Answer(boxes=[box[::-1]], confidences=[1.0]), 3),
+    ]
+    truth = {
+        "images": [
+            {"id": 1, "neg_category_ids": [], "not_exhaustive_category_ids": [17]},
+            {"id": 2, "neg_category_ids": [18], "not_exhaustive_category_ids": []},
+            {"id": 3, "neg_category_ids": [], "not_exhaustive_category_ids": []},
+        ],
+        "annotations": [
+            {"image_id": image, "category_id": category, "bbox": [0, 0, 40, height], "area": 40 * height}
+            for image, category, height in ((1, 17, 40), (1, 18, 39), (3, 18, 39))
+        ],
+        "categories": [{"id": 17, "frequency": "r"}, {"id": 18, "frequency": "f"}],
+    }
+    rows = [(1, 17, 0.9, other), (1, 17, 0.8, box), (1, 18, 0.7, other), (1, 18, 0.6, box), (2, 18, 0.95, other)]
+    rows.append((3, 18, 1.0, [-2, -2, -1, -1]))  # swapped corners are a false positive
+    found = [
+        {"image_id": image, "category_id": category, "score": score, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        for image, category, score, (x1, y1, x2, y2) in rows
+    ]
+    callback = DetectionMAP(protocol=protocol)
+    with caplog.at_level("INFO"):
+        logged = validated(tmp_path, [batch[:1], batch[1:]], callback)
+    rules = {"lvis": "lvis", "lvis_published_code": "published_code"}[protocol]
+    expected = LVISAveragePrecision.from_lvis_json(truth, found, protocol=rules).compute()
+    for name in ("map", "map_50", "map_small", "map_medium", "map_rare", "map_common", "map_frequent", "mar_300"):
+        assert callback.results[name] == float(expected[name]), name
+        assert logged[f"val/{name}"] == pytest.approx(float(expected[name]), abs=1e-6)
+    assert callback.results["map_rare"] == pytest.approx(1)  # the confident box that matches nothing is ignored
+    assert 0 < callback.results["map_frequent"] < 0.5
+    assert f"({protocol}, scores from confidence), over 4 samples" in caplog.text
+
+
 def test_a_callback_without_samples_of_its_kind_is_silent(tmp_path: Path) -> None:
     callbacks = [kind() for kind in METRICS]
     with warnings.catch_warnings():
@@ -223,6 +269,8 @@ def test_a_box_with_swapped_corners_is_a_false_positive(tmp_path: Path) -> None:
 def test_unknown_score_is_refused() -> None:
     with pytest.raises(ConfigConflictError, match="score_from"):
         DetectionMAP(score_from="logit")
+    with pytest.raises(ConfigConflictError, match="protocol"):
+        DetectionMAP(protocol="voc")
 
 
 class SpyOnSanityCheck(Callback):

@@ -12,7 +12,7 @@ import torch
 
 from rft_lightning.metrics.base import SampleId, SampleMetric, mean_or_absent, stable_id
 from rft_lightning.metrics.grounding import named_pairs
-from rft_lightning.rewards import accuracy_reward
+from rft_lightning.rewards import accuracy_reward, published
 from rft_lightning.sample import Answer, ClassTarget
 
 
@@ -102,11 +102,7 @@ def _published_label(answer: Answer) -> str | None:
     """The content of the first answer block within one line; None without one, where the published code fails."""
     if not answer.text:
         return answer.label if answer.answer_blocks else None
-    for line in answer.text.split("\n"):
-        content, closing, _ = line.partition("<answer>")[2].partition("</answer>")
-        if closing:
-            return content
-    return None
+    return published.one_line_answer(answer.text)
 
 
 def _plain(text: str) -> str:

@@ -26,7 +26,7 @@ from rft_lightning.metrics.ap_tables import AveragePrecision, Tables, packed
 
 MAX_DETECTIONS = 300  # of a picture, over all classes
 FREQUENCIES = {"rare": "r", "common": "c", "frequent": "f"}
-_NEGATIVE, _NOT_EXHAUSTIVE = 0, 1  # kinds of marks
+_NEGATIVE, _NOT_EXHAUSTIVE = 0, 1  # kinds of marks; others are the letter of a frequency
 
 
 class LVISAveragePrecision(AveragePrecision):
@@ -40,7 +40,8 @@ class LVISAveragePrecision(AveragePrecision):
     What counts as one picture, and how ties are broken, see :class:`rft_lightning.metrics.ap_tables.AveragePrecision`.
 
     Args:
-        frequency: class id -> ``r``, ``c`` or ``f``; without it there is no ``map_rare map_common map_frequent``.
+        frequency: class id -> ``r``, ``c`` or ``f``; None: as the targets say. Without any there is no ``map_rare
+            map_common map_frequent``.
         classes: class ids to evaluate; a label that is none of them is an error. None: all that occur.
         selected: class ids whose average precisions are averaged as ``map_selected``.
         protocol: ``lvis``, or ``published_code``: the authors' notebook averages the precision of a class over all four
@@ -87,7 +88,8 @@ class LVISAveragePrecision(AveragePrecision):
                 ``not_exhaustive_labels``: class ids that are known to be absent from the picture, and those of which
                 not all objects are annotated (none); optional ``area`` [M] (the box area; files hold the mask area),
                 ``ignore`` [M] (0), ``image_id`` (int or str; a new one each time, so that nothing is pooled or counted
-                once) and ``query`` (int, the class that was asked for).
+                once), ``query`` (int, the class that was asked for) and ``frequency`` (class id -> letter, where the
+                metric was given none).
 
         Raises:
             ValueError: the lists, or the tensors of a question, do not fit together; names the picture.
@@ -115,8 +117,9 @@ class LVISAveragePrecision(AveragePrecision):
         result = summarize_precision(precision)
         if self.protocol == "published_code":
             result["map"] = mean_present(per_class)
-        if self.frequency is not None:
-            letters = [self.frequency.get(number) for number in tables.classes.tolist()]
+        frequency = self.frequency or self._known_frequency()
+        if frequency:
+            letters = [frequency.get(number) for number in tables.classes.tolist()]
             for name, letter in FREQUENCIES.items():
                 chosen = torch.tensor([found == letter for found in letters], dtype=torch.bool, device=precision.device)
                 result[f"map_{name}"] = mean_present(precision[:, :, chosen, 0])
@@ -160,7 +163,13 @@ class LVISAveragePrecision(AveragePrecision):
         return metric
 
     def _marks_of(self, target: Mapping[str, Any]) -> Sequence[tuple[int, int]]:
-        return _marks(target, "neg_labels", "not_exhaustive_labels", None)
+        frequency = [(int(number), ord(letter)) for number, letter in (target.get("frequency") or {}).items()]
+        return (*_marks(target, "neg_labels", "not_exhaustive_labels", None), *frequency)
+
+    def _known_frequency(self) -> dict[int, str]:
+        """What the targets say."""
+        kinds = {ord(letter): letter for letter in FREQUENCIES.values()}
+        return {number: kinds[kind] for number, kind in self._rows("marks").unique(dim=0).tolist() if kind in kinds}
 
     def _sizes(self, questions: Tensor) -> dict[str, Tensor]:
         return {**super()._sizes(questions), "marks": questions[:, 4]}

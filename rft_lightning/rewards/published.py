@@ -213,10 +213,15 @@ def _class_name(text: str) -> str:
     return _one_line_answer(text).replace(" ", "").replace("_", "").lower()
 
 
-def _one_line_answer(text: str) -> str:
-    """The content of the first answer block that begins and ends in one line, or else the whole text."""
+def one_line_answer(text: str) -> str | None:
+    """The content of the first answer block that begins and ends in one line; None without one."""
     blocks = (_first_block(line) for line in text.split("\n"))
-    return next((block for block in blocks if block is not None), text).strip()
+    return next((block for block in blocks if block is not None), None)
+
+
+def _one_line_answer(text: str) -> str:
+    block = one_line_answer(text)
+    return (text if block is None else block).strip()
 
 
 def _grounding_text(text: str) -> str:
