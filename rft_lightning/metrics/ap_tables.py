@@ -131,27 +131,29 @@ class AveragePrecision(FlatMetric):
         if not targets:
             return
         batches = read_batches(preds, targets)
-        questions = [(self._image_key(target.get("image_id")), _query(target.get("query"))) for target in targets]
-        marks = [self._marks_of(target) for target in targets]
+        images: list[Any] = [target.get("image_id") for target in targets]
+        if set(map(type, images)) != {int}:
+            images = [self._image_key(image) for image in images]
+        queries = [EVERYTHING if query is None else int(query) for query in (t.get("query") for t in targets)]
+        marks = self._marks_of(targets)
+        start = 0
         for batch in batches:
             # Corners are subtracted in their own dtype, whatever comes before, behind or beside them.
             if not self._pending.takes(batch):
                 self._pack()
-            count = len(batch.n_det)
-            self._pending.add(batch, questions[:count], marks[:count])
-            questions, marks = questions[count:], marks[count:]
+            here = slice(start, start + len(batch.n_det))
+            self._pending.add(batch, (images[here], queries[here]), marks[here])
+            start = here.stop
 
     def _image_key(self, image: Any) -> int:
-        if type(image) is int:
-            return image
         key = self._key(int(image) if isinstance(image, Tensor) else image)
         if isinstance(image, str):
             self._image_names[key] = image
         return key
 
-    def _marks_of(self, target: Mapping[str, Any]) -> Sequence[tuple[int, int]]:
-        """(class, kind) of what is known of a picture beside its objects."""
-        return ()
+    def _marks_of(self, targets: Sequence[Mapping[str, Any]]) -> list[Sequence[tuple[int, int]]]:
+        """(class, kind) of what is known of each picture beside its objects."""
+        return [()] * len(targets)
 
     def _add_file(self, rows: FileRows, n_marks: Sequence[int] | None = None) -> None:
         self._add_rows("questions", torch.from_numpy(rows.questions(n_marks)))
@@ -251,10 +253,6 @@ def check_lengths(preds: Sequence[Any], targets: Sequence[Any]) -> None:
     """Raises ValueError where there is not one target for each prediction."""
     if len(preds) != len(targets):
         raise ValueError(f"Expected one target per prediction, found {len(targets)} for {len(preds)}.")
-
-
-def _query(value: Any) -> int:
-    return EVERYTHING if value is None else int(value)
 
 
 def segments(counts: Tensor, kept: Tensor) -> Tensor:

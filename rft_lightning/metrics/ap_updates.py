@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 EVERYTHING = -(2**63)  # the query of an update that asks for all classes at once
 _PREDICTION = {"boxes": True, "scores": True, "labels": True}  # name -> required
 _TARGET = {"boxes": True, "labels": True, "area": False, "iscrowd": False, "ignore": False}
+
+_BOXES = itemgetter("boxes")
 
 Items = Sequence[Mapping[str, Any]]
 Columns = tuple[Tensor | None, ...]
@@ -61,21 +65,24 @@ def _joined(preds: Items, targets: Items) -> Batch:
 
 def _columns(items: Items, names: Mapping[str, bool]) -> tuple[list[int], Columns]:
     """Sizes and joined columns; raises something where the items are not all alike."""
-    boxes = [item["boxes"] for item in items]
-    sizes = [box.shape[0] for box in boxes]
+    # There are as many calls as pictures: hence no loop in Python where map does.
+    boxes: list[Tensor] = list(map(_BOXES, items))
     joined = torch.cat(boxes)
     if joined.shape[1:] != (4,) or joined.is_meta or len({box.dtype for box in boxes}) > 1:
         raise ValueError
+    sizes = [count // 4 for count in map(Tensor.numel, boxes)]
     columns: list[Tensor | None] = [joined]
-    for name, required in list(names.items())[1:]:
-        values: list[Any] = [item[name] if required else item.get(name) for item in items]
+    for name, required in names.items():
+        if name == "boxes":
+            continue
+        values: list[Any] = [item.get(name) for item in items]
         if not required and values[0] is None:
-            if any(value is not None for value in values):
+            if set(map(type, values)) != {type(None)}:
                 raise ValueError
             columns.append(None)
             continue
         joined = torch.cat(values)
-        if joined.ndim != 1 or [value.shape[0] for value in values] != sizes:
+        if joined.ndim != 1 or list(map(Tensor.numel, values)) != sizes:
             raise ValueError
         columns.append(joined)
     return sizes, tuple(columns)
@@ -140,13 +147,12 @@ class Pending:
         return not self._batches or self._batches[-1].kind == batch.kind
 
     def add(
-        self, batch: Batch, questions: Sequence[tuple[int, int]], marks: Sequence[Sequence[tuple[int, int]]]
+        self, batch: Batch, keys: tuple[Sequence[int], Sequence[int]], marks: Sequence[Sequence[tuple[int, int]]]
     ) -> None:
-        """Add a batch with the key and the query of each question, and what is known of it beside its objects."""
-        sizes = zip(questions, batch.n_det, batch.n_gt, marks, strict=True)
-        self._keys += [(image, query, n_det, n_gt, len(known)) for (image, query), n_det, n_gt, known in sizes]
-        for known in marks:
-            self._marks += known
+        """Add a batch with the images and queries of its questions, and what is known of each beside its objects."""
+        images, queries = keys
+        self._keys += zip(images, queries, batch.n_det, batch.n_gt, map(len, marks), strict=True)
+        self._marks += chain.from_iterable(marks)
         self._batches.append(batch)
 
     def rows(self) -> dict[str, Tensor]:

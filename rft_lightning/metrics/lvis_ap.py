@@ -162,9 +162,9 @@ class LVISAveragePrecision(AveragePrecision):
         metric._add_rows("marks", [mark for some in marks for mark in some])
         return metric
 
-    def _marks_of(self, target: Mapping[str, Any]) -> Sequence[tuple[int, int]]:
-        frequency = [(int(number), ord(letter)) for number, letter in (target.get("frequency") or {}).items()]
-        return (*_marks(target, "neg_labels", "not_exhaustive_labels", None), *frequency)
+    def _marks_of(self, targets: Sequence[Mapping[str, Any]]) -> list[Sequence[tuple[int, int]]]:
+        known = (_marks(target, "neg_labels", "not_exhaustive_labels", None) for target in targets)
+        return [(*marks, *_frequencies(target)) for marks, target in zip(known, targets, strict=True)]
 
     def _known_frequency(self) -> dict[int, str]:
         """What the targets say."""
@@ -223,6 +223,10 @@ def _marks(
         for number in _numbers(source.get(name))
         if classes is None or int(number) in classes
     )
+
+
+def _frequencies(target: Mapping[str, Any]) -> list[tuple[int, int]]:
+    return [(int(number), ord(letter)) for number, letter in (target.get("frequency") or {}).items()]
 
 
 def _numbers(values: Any) -> Sequence[int]:
