@@ -348,7 +348,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--skip-slow", action="store_true", help="leave out pycocotools and lvis-api: no differences")
     parser.add_argument("--memory", nargs="*", choices=PRESETS, default=["coco500", "lvis"], help="presets")
     parser.add_argument("--orders", type=int, default=50, help="orders of pictures in the table of ties; 0: no table")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures in each update")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures in each update (eval_batch_size)")
     parser.add_argument("--device", default="cpu", help="of the tensors, for ours and torchmetrics")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the pictures")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)

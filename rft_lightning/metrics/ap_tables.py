@@ -171,11 +171,12 @@ class AveragePrecision(FlatMetric):
 
     def _tables(self) -> Tables:
         questions, det, gt = self._rows("questions"), self._rows("det"), self._rows("gt")
-        kept = first_of_each(questions[:, :2])
-        if len(kept) < len(questions) and self.on_conflict == "error":
-            self._check_repeats(questions, kept)
-        in_order = torch.equal(kept, torch.arange(len(questions), device=kept.device))
-        if not in_order:
+        if _ascend(questions[:, 0], questions[:, 1]):
+            kept = torch.arange(len(questions), device=questions.device)
+        else:
+            kept = first_of_each(questions[:, :2])
+            if len(kept) < len(questions) and self.on_conflict == "error":
+                self._check_repeats(questions, kept)
             det, gt = self._kept("det", kept), self._kept("gt", kept)
         images, image = questions[kept, 0].unique_consecutive(return_inverse=True)
         det_class, gt_class = det[:, 0].long(), gt[:, 0].long()
@@ -253,6 +254,12 @@ def check_lengths(preds: Sequence[Any], targets: Sequence[Any]) -> None:
     """Raises ValueError where there is not one target for each prediction."""
     if len(preds) != len(targets):
         raise ValueError(f"Expected one target per prediction, found {len(targets)} for {len(preds)}.")
+
+
+def _ascend(first: Tensor, second: Tensor) -> bool:
+    """Whether pairs of numbers stand in strictly ascending order."""
+    later, same = first[1:] > first[:-1], first[1:] == first[:-1]
+    return bool((later | (same & (second[1:] > second[:-1]))).all())
 
 
 def segments(counts: Tensor, kept: Tensor) -> Tensor:

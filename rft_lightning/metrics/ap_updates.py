@@ -7,6 +7,7 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -165,7 +166,7 @@ class Pending:
         area = gt_boxes[:, 2] * gt_boxes[:, 3] if area is None else area.double()
         marks = [torch.zeros_like(area) if column is None else column.double() for column in (crowd, ignore)]
         truth = torch.cat([labels[:, None].double(), gt_boxes, torch.stack([area, *marks], 1)], 1)
-        keys, known = (torch.tensor(rows, dtype=torch.int64) for rows in (self._keys, self._marks))
+        keys, known = (torch.from_numpy(np.array(rows, dtype=np.int64)) for rows in (self._keys, self._marks))
         return {"questions": keys, "det": found, "gt": truth, "marks": known}
 
     def _sides(self) -> tuple[list[Columns], list[Columns]]:
