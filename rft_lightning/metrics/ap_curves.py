@@ -69,16 +69,20 @@ def precision_recall(pool: Pool, matches: Matches, n_objects: Tensor, caps: Sequ
 
 
 def _bits(planes: Tensor) -> Tensor:
-    """[D] planes as [D, L] int32, 0 or 1."""
-    shifts = torch.arange(N_PLANES, device=planes.device)
-    return (planes[:, None] >> shifts).bitwise_and_(1).int()
+    """[D] planes as [D, L] int16, 0 or 1."""
+    areas = torch.arange(0, N_PLANES, N_THRESHOLDS, device=planes.device)
+    thresholds = torch.arange(N_THRESHOLDS, dtype=torch.int16, device=planes.device)
+    by_area = (planes[:, None] >> areas).bitwise_and_((1 << N_THRESHOLDS) - 1).short()  # narrow before it is unfolded
+    return (by_area[..., None] >> thresholds).bitwise_and_(1).flatten(1)
 
 
 def _running(bits: Tensor, classes: Tensor, starts: Tensor) -> Tensor:
     """[D, L] int32 running counts of bits [D, L], which begin anew with each class."""
-    total = torch.cat([bits.new_zeros(1, bits.shape[1]), bits.cumsum(0, dtype=torch.int32)])
-    before = total.index_select(0, starts.index_select(0, classes))
-    return total[1:].sub_(before)
+    total = bits.cumsum(0, dtype=torch.int32)
+    if len(total):
+        before = total.index_select(0, (starts - 1).clamp_(min=0)).masked_fill_((starts == 0)[:, None], 0)
+        total -= before.index_select(0, classes)
+    return total
 
 
 def _wrong(pool: Pool, det: Tensor, classes: Tensor, n_classes: int) -> Tensor:
@@ -131,6 +135,6 @@ def _count(bits: Tensor, classes: Tensor, rows: Tensor, n_classes: int) -> Tenso
     """[K, L] int64 number of bits of each class in those rows."""
     return (
         torch.zeros(n_classes, bits.shape[1], dtype=torch.int32, device=bits.device)
-        .index_add_(0, classes, bits * rows[:, None])
+        .index_add_(0, classes, (bits * rows[:, None]).int())
         .long()
     )

@@ -31,7 +31,7 @@ class Detections:
     Attributes:
         image: [N] int64 position of the picture, ascending.
         classes: [N] int64 position of the class.
-        boxes: [4, N] float64 x, y, w, h.
+        boxes: [N, 4] float64 x, y, w, h.
         area: [N] float64.
         score: [N] float64.
         exempt: [N] bool, ignored where nothing matches them (LVIS: more objects may be there); None for none.
@@ -52,7 +52,7 @@ class Objects:
     Attributes:
         image: [M] int64 position of the picture, ascending.
         classes: [M] int64 position of the class.
-        boxes: [4, M] float64 x, y, w, h.
+        boxes: [M, 4] float64 x, y, w, h.
         area: [M] float64.
         crowd: [M] bool, never used up, and overlapped as a region.
         ignore: [M] bool, counts in no range.
@@ -136,8 +136,8 @@ def _match(det: Detections, gt: Objects, order: _Order, planes: Tensor, n_images
         group = gt.classes * n_images + gt.image
         starts = torch.searchsorted(order.groups, group)
         counts = torch.searchsorted(order.groups, group, right=True) - starts
-        boxes = det.boxes.index_select(1, order.rows.index_select(0, order.grouped))
-        edges = box_edges(boxes, gt.boxes, gt.crowd, starts, counts)
+        boxes = det.boxes.index_select(0, order.rows.index_select(0, order.grouped))
+        edges = box_edges(boxes.T.contiguous(), gt.boxes.T.contiguous(), gt.crowd, starts, counts)
     else:
         edges = _placed(edges, order, len(det.score))
     found = match(edges, planes, gt.crowd)

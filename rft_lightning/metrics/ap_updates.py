@@ -160,12 +160,13 @@ class Pending:
         """The rows of each state."""
         det, gt = ([_cat(column) for column in zip(*some, strict=True)] for some in self._sides())
         boxes, scores, labels = det
-        found = torch.cat([labels[:, None].double(), _xywh(boxes), scores[:, None].double()], 1)
+        found = _rows(6, labels, boxes)
+        found[:, 5] = scores
         boxes, labels, area, crowd, ignore = gt
-        gt_boxes = _xywh(boxes)
-        area = gt_boxes[:, 2] * gt_boxes[:, 3] if area is None else area.double()
-        marks = [torch.zeros_like(area) if column is None else column.double() for column in (crowd, ignore)]
-        truth = torch.cat([labels[:, None].double(), gt_boxes, torch.stack([area, *marks], 1)], 1)
+        truth = _rows(8, labels, boxes)
+        truth[:, 5] = truth[:, 3] * truth[:, 4] if area is None else area
+        for place, column in ((6, crowd), (7, ignore)):
+            truth[:, place] = 0 if column is None else column
         keys, known = (torch.from_numpy(np.array(rows, dtype=np.int64)) for rows in (self._keys, self._marks))
         return {"questions": keys, "det": found, "gt": truth, "marks": known}
 
@@ -177,6 +178,13 @@ def _cat(column: Sequence[Tensor | None]) -> Any:
     return None if column[0] is None else torch.cat(column)  # type: ignore[arg-type]
 
 
-def _xywh(boxes: Tensor) -> Tensor:
-    """Corners as left, top, width, height: subtracted in the dtype of the input and then widened, like torchmetrics."""
-    return torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).double()
+def _rows(columns: int, labels: Tensor, boxes: Tensor) -> Tensor:
+    """Rows [N, columns] that begin with label, left, top, width and height; what follows is not yet written.
+
+    Corners are subtracted in the dtype of the input and then widened, as torchmetrics does.
+    """
+    rows = boxes.new_empty(len(boxes), columns, dtype=torch.float64)
+    rows[:, 0] = labels
+    rows[:, 1:3] = boxes[:, :2]
+    rows[:, 3:5] = boxes[:, 2:] - boxes[:, :2]
+    return rows

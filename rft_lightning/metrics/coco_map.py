@@ -154,12 +154,11 @@ class COCOMeanAveragePrecision(AveragePrecision):
         return metric
 
     def _evaluate(self, tables: Tables) -> tuple[Tensor, Tensor]:
-        boxes = tables.det[:, 1:5].T.contiguous()
-        area, edges = boxes[2] * boxes[3], None
+        boxes, gt_boxes = tables.det[:, 1:5], tables.gt[:, 1:5]
+        area, edges = boxes[:, 2] * boxes[:, 3], None
         if self.iou_type == "segm":
             area, edges = self._masks(tables)
         det = Detections(tables.det_image, tables.det_class, boxes, area, tables.det[:, 5])
-        gt_boxes = tables.gt[:, 1:5].T.contiguous()
         area, crowd, ignore = tables.gt[:, 5:8].unbind(1)
         gt = Objects(tables.gt_image, tables.gt_class, gt_boxes, area.contiguous(), crowd > 0, ignore > 0)
         return evaluate(det, gt, tables.n_images, len(tables.classes), caps=CAPS, edges=edges)

@@ -181,7 +181,7 @@ class LVISAveragePrecision(AveragePrecision):
         gt_image, gt_class = (values.index_select(0, kept_gt) for values in (tables.gt_image, tables.gt_class))
         rows = tables.gt.index_select(0, kept_gt)
         none = torch.zeros_like(gt_image, dtype=torch.bool)
-        gt = Objects(gt_image, gt_class, rows[:, 1:5].T.contiguous(), rows[:, 5].contiguous(), none, rows[:, 7] > 0)
+        gt = Objects(gt_image, gt_class, rows[:, 1:5], rows[:, 5].contiguous(), none, rows[:, 7] > 0)
         asked, exempt = self._known(tables, gt)
         pair = tables.det_image * n_classes + tables.det_class
         side = tables.det[:, 1:5]
@@ -191,7 +191,7 @@ class LVISAveragePrecision(AveragePrecision):
         det = Detections(
             image=tables.det_image.index_select(0, kept),
             classes=tables.det_class.index_select(0, kept),
-            boxes=side.index_select(0, kept).T.contiguous(),
+            boxes=side.index_select(0, kept),
             area=det_area.index_select(0, kept),
             score=tables.det[:, 5].index_select(0, kept),
             exempt=exempt[pair.index_select(0, kept)],
