@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rft_lightning.errors import AnnotationError
 from rft_lightning.metrics import COCOMeanAveragePrecision, LVISAveragePrecision
 from tests.ap_cases import (
     BORDERS,
@@ -568,6 +569,29 @@ def test_masks_are_part_of_the_content() -> None:
     for other in (({**pred, "masks": mask.roll(1, 1)}, target), (pred, {**target, "masks": mask.roll(1, 1)})):
         with pytest.raises(ValueError, match="48151623"):
             feed(COCOMeanAveragePrecision(iou_type="segm"), [(pred, target), other]).compute()
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"bbox": None}, "lacks 'bbox'"),
+        ({"score": None}, "lacks 'score'"),
+        ({"bbox": [1, 2, 3]}, "something else than expected"),
+        ({"image_id": None}, "lacks 'image_id'"),
+    ],
+)
+def test_files_with_incomplete_entries_are_refused(entry: dict[str, Any], words: str) -> None:
+    gt, results = coco_case(1)
+    changed = {name: value for name, value in {**results[0], **entry}.items() if value is not None}
+    with pytest.raises(AnnotationError, match=words):
+        COCOMeanAveragePrecision.from_coco_json(gt, [*results[1:], changed])
+
+
+def test_masks_of_probabilities_are_refused() -> None:
+    target = {"masks": torch.ones(1, 8, 8, dtype=torch.bool), "labels": torch.tensor([3]), "image_id": 48151623}
+    pred = {"masks": torch.rand(1, 8, 8), "labels": torch.tensor([3]), "scores": torch.tensor([0.5])}
+    with pytest.raises(ValueError, match=r"48151623.*found torch.float32; give logits > 0"):
+        COCOMeanAveragePrecision(iou_type="segm").update([pred], [target])
 
 
 def test_names_of_pictures_outlive_forward() -> None:

@@ -76,7 +76,8 @@ def read_files(
 
     Raises:
         DatasetNotFoundError: a file does not exist.
-        AnnotationError: a file is none of its kind, or results name pictures that the ground truth does not have.
+        AnnotationError: a file is none of its kind, an entry lacks what is read, or results name pictures that the
+            ground truth does not have.
     """
     truth, found = load_json(gt, f"{what} ground truth"), load_json(results, f"{what} results")
     if not isinstance(truth, Mapping) or "images" not in truth or not isinstance(found, Sequence):
@@ -84,6 +85,25 @@ def read_files(
             f"Expected a {what} ground truth (a dict with `images`, `annotations`, `categories`) and a list of "
             f"results, found {_outline(truth)} and {_outline(found)}; check the order of the two arguments."
         )
+    try:
+        return _file_rows(truth, found, classes, boxes, most_per_image)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, AnnotationError):
+            raise
+        lacks = f"lacks {error}" if isinstance(error, KeyError) else f"has something else than expected ({error})"
+        raise AnnotationError(
+            f"An entry of the {what} ground truth or results {lacks}. Images have id; annotations image_id, category_id"
+            " and bbox (x, y, width, height) or segmentation; results also score."
+        ) from error
+
+
+def _file_rows(
+    truth: Mapping[str, Any],
+    found: Sequence[Mapping[str, Any]],
+    classes: Sequence[int] | None,
+    boxes: bool,
+    most_per_image: int | None,
+) -> FileRows:
     infos = {image["id"]: image for image in truth["images"]}
     images = sorted(infos)
     place = {image: number for number, image in enumerate(images)}

@@ -21,7 +21,7 @@ def mask_overlaps(pred: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[T
     """IoU of each pair of masks of a question.
 
     Args:
-        pred: ``masks`` [N, H, W], true or above 0 on the object.
+        pred: ``masks`` [N, H, W], true, or a whole number above 0, on the object.
         target: ``masks`` [M, H, W], and ``iscrowd`` [M] where there are crowds.
 
     Returns:
@@ -29,7 +29,7 @@ def mask_overlaps(pred: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[T
         the areas [N] and [M] in pixels.
 
     Raises:
-        ValueError: masks are missing or differ in size; names the picture.
+        ValueError: masks are missing, differ in size, or are no truth values; names the picture.
     """
     found, truth = _masks(pred, target, "prediction"), _masks(target, target, "target")
     if found.shape[1:] != truth.shape[1:] and len(found) and len(truth):
@@ -53,7 +53,13 @@ def _masks(item: Mapping[str, Any], target: Mapping[str, Any], what: str) -> Ten
             f"Image {target.get('image_id', 'without image_id')!r}: expected masks in the {what}, found none; iou_type "
             "segm compares masks."
         )
-    masks = torch.as_tensor(item["masks"]) > 0
+    masks = torch.as_tensor(item["masks"])
+    if masks.is_floating_point():
+        raise ValueError(
+            f"Image {target.get('image_id', 'without image_id')!r}: expected masks of truth values or whole numbers in "
+            f"the {what}, found {masks.dtype}; give logits > 0 or probabilities > 0.5."
+        )
+    masks = masks > 0
     if masks.ndim != 3 and masks.numel():
         raise ValueError(
             f"Image {target.get('image_id', 'without image_id')!r}: expected masks of shape [N, H, W] in the {what}, "

@@ -66,8 +66,8 @@ class COCOMeanAveragePrecision(AveragePrecision):
         """Add the answers to some questions. Nothing here waits for the device.
 
         Args:
-            preds: per question ``boxes`` [N, 4] xyxy (for ``segm`` ``masks`` [N, H, W], true on the object),
-                ``scores`` [N] and ``labels`` [N].
+            preds: per question ``boxes`` [N, 4] xyxy (for ``segm`` ``masks`` [N, H, W], true on the object; boxes are
+                not looked at then, and an area is that of the mask), ``scores`` [N] and ``labels`` [N].
             targets: per question ``boxes`` [M, 4] xyxy (``masks`` [M, H, W]) and ``labels`` [M]; optional ``iscrowd``
                 [M] (0), ``area`` [M] (that of box or mask; COCO files hold the mask area), ``image_id`` (int or str; a
                 new one each time, so that nothing is pooled or counted once) and ``query`` (int, the class that was
