@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torchmetrics import Metric
 
+from rft_lightning.errors import ConfigConflictError
 from rft_lightning.metrics import ParseRate
 from rft_lightning.metrics.base import SampleId
 from rft_lightning.sample import Prediction
@@ -58,6 +59,15 @@ class MetricCallback(Callback, ABC):
     def summary(self) -> str:
         """One line about `results`, printed after a run; empty for none. Says what the numbers depend on."""
         return ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a second callback of this class: both would log under the same names, and Lightning averages them."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(type(callback) is type(self) for callback in callbacks) > 1:
+            raise ConfigConflictError(
+                f"Expected one {type(self).__name__}, found several, which would log under the same names. Leave one, "
+                "or evaluate again with the other (rft validate)."
+            )
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start(pl_module)

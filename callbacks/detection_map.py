@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from rft_lightning.boxes import valid_boxes
@@ -67,6 +68,7 @@ class DetectionMAP(MetricCallback):
             published: Any = "published_code" if protocol == "lvis_published_code" else "lvis"
             self.average_precision = LVISAveragePrecision(protocol=published, on_conflict="first")
         self.matched_iou = MatchedIoU()
+        self._asked: dict[tuple[SampleId, int], SampleId] = {}
         self.names = ClassNames()
 
     def metrics(self) -> list[Any]:
@@ -75,10 +77,26 @@ class DetectionMAP(MetricCallback):
     def update(self, predictions: list[Prediction], targets: list[Any], ids: list[SampleId], loader: int) -> None:
         preds = [self._detections(p, target) for p, target in zip(predictions, targets, strict=True)]
         images = [loader_id(prediction.sample.image_id, loader) for prediction in predictions]
+        for image, target, name in zip(images, targets, ids, strict=True):
+            first = self._asked.setdefault((image, target.category_id), name)
+            if first != name:
+                raise ConfigConflictError(
+                    f"The samples {first!r} and {name!r} ask for the same category {target.category_id} of the same "
+                    f"image {image!r}, and only one answer can be scored. Give each picture an image_id of its own, "
+                    "and ask once."
+                )
         truth = [_objects(target, image) for target, image in zip(targets, images, strict=True)]
         self.average_precision.update(preds, truth)
         self.matched_iou.update([prediction.answer for prediction in predictions], targets, ids)
         self.names.update({target.category_id: target.category or str(target.category_id) for target in targets})
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._asked = {}
+        super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._asked = {}
+        super().on_test_epoch_start(trainer, pl_module)
 
     def compute(self) -> tuple[dict[str, float], dict[str, float]]:
         precision, iou, names = self.average_precision.compute(), self.matched_iou.compute(), self.names.compute()

@@ -15,8 +15,9 @@ from rft_lightning.sample import ClassTarget, Prediction
 class LabelAccuracy(MetricCallback):
     """Share of pictures whose class was named.
 
-    Logs ``accuracy`` (strict rules), ``accuracy_lenient`` (the published evaluation: one name contains the other) and
-    ``parse_rate`` (an answer that cannot be read is wrong). `per_class` holds the strict accuracy of each class.
+    Logs ``accuracy`` (strict rules), ``accuracy_lenient`` (the published evaluation: one name contains the other),
+    ``parse_failures`` (the number of answers that cannot be read, which are wrong) and ``parse_rate``. `per_class`
+    holds the strict accuracy of each class.
     """
 
     target_type = ClassTarget
@@ -35,7 +36,7 @@ class LabelAccuracy(MetricCallback):
     def compute(self) -> tuple[dict[str, float], dict[str, float]]:
         result = self.accuracy.compute()
         per_class = result["accuracy_per_class"].reshape(-1).tolist()
-        numbers = {name: float(result[name]) for name in ("accuracy", "accuracy_lenient")}
+        numbers = {name: float(result[name]) for name in ("accuracy", "accuracy_lenient", "parse_failures")}
         return numbers, dict(zip(result["classes"], per_class, strict=True))
 
 

@@ -111,7 +111,7 @@ def coco_table(values: Mapping[str, Tensor]) -> list[str]:
     """The twelve lines of pycocotools for what :class:`COCOMeanAveragePrecision` computed."""
     return [
         f" {_TITLES[kind]:<18} ({kind}) @[ IoU={iou:<9} | area={area:>6} | maxDets={cap:>3} ] = "
-        f"{float(values[key]):0.3f}"
+        f"{_number(values, key):0.3f}"
         for key, (kind, iou, area, cap) in _COCO_LINES.items()
     ]
 
@@ -120,9 +120,14 @@ def lvis_table(values: Mapping[str, Tensor]) -> list[str]:
     """The thirteen lines of lvis-api for what :class:`LVISAveragePrecision` computed."""
     return [
         f" {_TITLES[kind]:<18} ({kind}) @[ IoU={iou:<9} | area={area:>6} | maxDets=300 catIds={group:>3}] = "
-        f"{float(values[key]):0.3f}"
+        f"{_number(values, key):0.3f}"
         for key, (kind, iou, area, group) in _LVIS_LINES.items()
     ]
+
+
+def _number(values: Mapping[str, Tensor], key: str) -> float:
+    """A number of the table; -1 for a frequency where the file states none."""
+    return float(values[key]) if key in values else -1.0
 
 
 def run_score(words: Sequence[str]) -> None:
@@ -151,7 +156,7 @@ def _record(values: Mapping[str, Tensor], names: Mapping[int, str], lvis: bool) 
     per_class = zip(ids, values["map_per_class"].reshape(-1).tolist(), strict=True)
     return {
         "protocol": "lvis" if lvis else "coco",
-        **{key: float(values[key]) for key in (_LVIS_LINES if lvis else _COCO_LINES)},
+        **{key: _number(values, key) for key in (_LVIS_LINES if lvis else _COCO_LINES)},
         "per_class": [{"id": key, "name": names[key], "ap": ap} for key, ap in per_class],
     }
 

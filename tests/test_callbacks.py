@@ -192,7 +192,7 @@ def test_a_callback_without_samples_of_its_kind_is_silent(tmp_path: Path) -> Non
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*compute.*before.*update.*")
         logged = validated(tmp_path, labels(), *callbacks)
-    assert set(logged) == {"val/accuracy", "val/accuracy_lenient", "val/parse_rate"}
+    assert set(logged) == {"val/accuracy", "val/accuracy_lenient", "val/parse_failures", "val/parse_rate"}
     assert [bool(callback.results) for callback in callbacks] == [False, False, True]
     assert not callbacks[0].per_class
 
@@ -200,14 +200,15 @@ def test_a_callback_without_samples_of_its_kind_is_silent(tmp_path: Path) -> Non
 def test_label_accuracy(tmp_path: Path) -> None:
     callback = LabelAccuracy()
     logged = validated(tmp_path, labels(), callback)
-    assert callback.results == {"accuracy": 0.5, "accuracy_lenient": 0.75, "parse_rate": 0.75}
+    assert callback.results == {"accuracy": 0.5, "accuracy_lenient": 0.75, "parse_failures": 1, "parse_rate": 0.75}
     assert callback.per_class == {"primrose": 0.0, "rose": 1.0, "tulip": 0.5}
     assert logged["val/accuracy"] == 0.5
 
 
 def test_grounding_iou(tmp_path: Path) -> None:
     callback, strict = GroundingIoU(), GroundingIoU(strict=True)
-    validated(tmp_path, groundings(), callback, strict)
+    validated(tmp_path, groundings(), callback)
+    validated(tmp_path, groundings(), strict)
     expected = {"box_iou_mean": 0.25, "acc_50": 0.5, "box_giou_mean": -0.25, "parse_rate": 0.5}
     assert callback.results == expected
     assert strict.results == {**expected, "acc_50": 0.0}
@@ -227,7 +228,18 @@ def test_only_labelled_first_completions_count_and_repeats_do_not(tmp_path: Path
     second = Prediction(sample, "", Answer(label="tulip"), index=1)
     callback = LabelAccuracy()
     validated(tmp_path, [batch, [unlabelled, second, *batch[:2]]], callback)
-    assert callback.results == {"accuracy": 0.5, "accuracy_lenient": 0.75, "parse_rate": 0.75}
+    assert callback.results == {"accuracy": 0.5, "accuracy_lenient": 0.75, "parse_failures": 1, "parse_rate": 0.75}
+
+
+def test_two_callbacks_of_one_name_and_two_answers_to_one_question_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigConflictError, match="Expected one DetectionMAP, found several"):
+        validated(tmp_path, detections(), DetectionMAP(), DetectionMAP(score_from="one"))
+    target = DetectionTarget([[0, 0, 9, 9]], category="cat", category_id=17)
+    batch = [prediction(name, target, Answer(text="?"), image_id=5) for name in ("first", "second")]
+    with pytest.raises(
+        ConfigConflictError, match="'first' and 'second' ask for the same category 17 of the same image 5"
+    ):
+        validated(tmp_path, [batch], DetectionMAP())
 
 
 def test_dataloaders_number_their_samples_independently(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
+from torchmetrics import MetricCollection
 from torchvision import ops
 
 from rft_lightning.errors import AnnotationError, DatasetNotFoundError
@@ -21,6 +24,7 @@ from rft_lightning.metrics import (
     ClassificationAccuracy,
     ClassNames,
     COCOMeanAveragePrecision,
+    MaskIoU,
     MatchedIoU,
     ParseRate,
     stable_id,
@@ -404,3 +408,42 @@ def test_stable_ids() -> None:
 def test_ids_must_match_the_samples() -> None:
     with pytest.raises(ValueError, match="one id per sample"):
         ParseRate().update([Answer()], ["a", "b"])
+
+
+def test_metrics_without_ids_may_be_merged() -> None:
+    right, wrong = [torch.tensor([[0.0, 0, 10, 10]])], [torch.tensor([[0.0, 0, 10, 4]])]
+    one, other = BoxIoU(), BoxIoU()
+    one.update(right, right)
+    other.update(wrong, right)
+    copied = copy.deepcopy(one)
+    copied.update(wrong, right)
+    for added, expected in ((other, 0.7), (copied, 0.8)):
+        whole = BoxIoU()
+        whole.update(right, right)
+        whole.merge_state(added)
+        assert float(whole.compute()["box_iou_mean"]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("image", [1.5, torch.tensor([1, 2]), [3], 2**70])
+def test_ids_that_are_none_are_refused(image: Any) -> None:
+    item = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    with pytest.raises(ValueError, match="image_id"):
+        COCOMeanAveragePrecision().update([{**item, "scores": torch.zeros(0)}], [{**item, "image_id": image}])
+
+
+def test_labels_are_whole_numbers() -> None:
+    item = {"boxes": torch.ones(1, 4), "labels": torch.tensor([1.7]), "scores": torch.ones(1), "image_id": 7}
+    with pytest.raises(ValueError, match="Image 7: expected labels as whole numbers"):
+        COCOMeanAveragePrecision().update([item], [item])
+
+
+def test_protocols_of_mask_iou_stay_apart_in_a_collection() -> None:
+    both = MetricCollection({"lisa": MaskIoU(), "published": MaskIoU(protocol="published_code")})
+    alone = MaskIoU(protocol="published_code")
+    said, truth = torch.ones(1, 2, 2, dtype=torch.bool), torch.ones(1, 2, 2, dtype=torch.uint8)
+    ignored = torch.tensor([[[1, 255], [0, 0]]], dtype=torch.uint8)
+    for metric in (both, alone):
+        metric.update(said, truth, ids=[1])
+        metric.update(said, ignored, ids=[2])
+    assert float(both["published"].compute()["mask_iou_mean"]) == float(alone.compute()["mask_iou_mean"])
+    assert float(both["lisa"].compute()["mask_iou_mean"]) != float(alone.compute()["mask_iou_mean"])

@@ -113,21 +113,30 @@ class _Order:
 
 
 def _pool(det: Detections, n_images: int, cap: int) -> _Order:
-    by_score = falling(det.score)
-    by_class = torch.sort(det.classes.index_select(0, by_score), stable=True)
-    rows = by_score.index_select(0, by_class.indices)
-    group = by_class.values * n_images + det.image.index_select(0, rows)
+    rows = _by_class_and_score(det)
+    group = det.classes.index_select(0, rows) * n_images + det.image.index_select(0, rows)
     groups, grouped = torch.sort(group, stable=True)
-    places = torch.arange(len(rows), device=rows.device)
-    begins = torch.ones_like(groups, dtype=torch.bool)
-    begins[1:] = groups[1:] != groups[:-1]
-    rank = torch.empty_like(rows)
-    rank[grouped] = places - torch.where(begins, places, 0).cummax(0).values
-    kept = (rank < cap).nonzero()[:, 0]
-    if len(kept) < len(rows):
+    rank = _ranks(groups, grouped)
+    if len(rank) and int(rank.max()) >= cap:
+        kept = (rank < cap).nonzero()[:, 0]
         rows, rank, group = (values.index_select(0, kept) for values in (rows, rank, group))
         groups, grouped = torch.sort(group, stable=True)
     return _Order(rows, rank, grouped, groups)
+
+
+def _by_class_and_score(det: Detections) -> Tensor:
+    by_score = falling(det.score)
+    return by_score.index_select(0, torch.sort(det.classes.index_select(0, by_score), stable=True).indices)
+
+
+def _ranks(groups: Tensor, grouped: Tensor) -> Tensor:
+    """The place of each row in its group; `groups` are in the order of the rows `grouped`."""
+    places = torch.arange(len(groups), device=groups.device)
+    begins = torch.ones_like(groups, dtype=torch.bool)
+    begins[1:] = groups[1:] != groups[:-1]
+    rank = torch.empty_like(groups)
+    rank[grouped] = places - torch.where(begins, places, 0).cummax(0).values
+    return rank
 
 
 def _match(det: Detections, gt: Objects, order: _Order, planes: Tensor, n_images: int, edges: Edges | None) -> Matches:
@@ -136,8 +145,9 @@ def _match(det: Detections, gt: Objects, order: _Order, planes: Tensor, n_images
         group = gt.classes * n_images + gt.image
         starts = torch.searchsorted(order.groups, group)
         counts = torch.searchsorted(order.groups, group, right=True) - starts
-        boxes = det.boxes.index_select(0, order.rows.index_select(0, order.grouped))
-        edges = box_edges(boxes.T.contiguous(), gt.boxes.T.contiguous(), gt.crowd, starts, counts)
+        boxes = det.boxes.index_select(0, order.rows.index_select(0, order.grouped)).T.contiguous()
+        edges = box_edges(boxes, gt.boxes.T.contiguous(), gt.crowd, starts, counts)
+        del boxes
     else:
         edges = _placed(edges, order, len(det.score))
     found = match(edges, planes, gt.crowd)

@@ -196,7 +196,15 @@ def _run_lengths(entry: Mapping[str, Any], info: Mapping[str, Any]) -> Any:
     content = entry["segmentation"]
     if isinstance(content, list):
         return coco_mask.merge(coco_mask.frPyObjects(content, info["height"], info["width"]))
-    return coco_mask.frPyObjects(content, *content["size"]) if isinstance(content["counts"], list) else content
+    if not isinstance(content["counts"], list):
+        return content
+    height, width = content["size"]
+    if sum(content["counts"]) != height * width:  # pycocotools would not return
+        raise AnnotationError(
+            f"The run lengths of a mask of image {entry['image_id']!r} add up to {sum(content['counts'])} pixels, "
+            f"expected {height} x {width}; write the file again."
+        )
+    return coco_mask.frPyObjects(content, height, width)
 
 
 def load_json(source: Any, what: str) -> Any:
@@ -209,7 +217,7 @@ def load_json(source: Any, what: str) -> Any:
     if not isinstance(source, str | Path):
         return source
     try:
-        return json.loads(Path(source).read_text(encoding="utf-8"))
+        return json.loads(Path(source).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise DatasetNotFoundError(f"The {what} {source} does not exist; check the path.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

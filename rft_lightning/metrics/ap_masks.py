@@ -32,6 +32,11 @@ def mask_overlaps(pred: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[T
         ValueError: masks are missing, differ in size, or are no truth values; names the picture.
     """
     found, truth = _masks(pred, target, "prediction"), _masks(target, target, "target")
+    if found.device != truth.device:
+        raise ValueError(
+            f"Image {target.get('image_id', 'without image_id')!r}: expected masks on one device, found them on "
+            f"{found.device} and {truth.device}."
+        )
     if found.shape[1:] != truth.shape[1:] and len(found) and len(truth):
         raise ValueError(
             f"Image {target.get('image_id', 'without image_id')!r}: expected masks of one size, found "

@@ -28,7 +28,7 @@ _ALL_BUT_SIGN = (1 << 63) - 1
 _EVERY_AREA = sum(1 << N_THRESHOLDS * area for area in range(N_AREAS))
 _EVERY_THRESHOLD = (1 << N_THRESHOLDS) - 1
 # Pairs whose overlap is computed at once; bounds the memory.
-PAIRS_AT_ONCE = 1 << 19
+PAIRS_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)

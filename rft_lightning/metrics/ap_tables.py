@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -132,7 +133,7 @@ class AveragePrecision(FlatMetric):
             return
         batches = read_batches(preds, targets)
         images: list[Any] = [target.get("image_id") for target in targets]
-        if set(map(type, images)) != {int}:
+        if set(map(type, images)) != {int} or max(map(abs, images)) >= 2**63:
             images = [self._image_key(image) for image in images]
         queries = [EVERYTHING if query is None else int(query) for query in (t.get("query") for t in targets)]
         marks = self._marks_of(targets)
@@ -146,7 +147,11 @@ class AveragePrecision(FlatMetric):
             start = here.stop
 
     def _image_key(self, image: Any) -> int:
-        key = self._key(int(image) if isinstance(image, Tensor) else image)
+        if isinstance(image, Tensor) and image.numel() == 1 and not image.is_floating_point():
+            image = image.item()
+        if not isinstance(image, Integral | str | None) or (isinstance(image, Integral) and abs(int(image)) >= 2**63):
+            raise ValueError(f"Expected image_id to be a string or a whole number below 2**63, found {image!r}.")
+        key = self._key(image if isinstance(image, str | None) else int(image))
         if isinstance(image, str):
             self._image_names[key] = image
         return key

@@ -61,6 +61,8 @@ def read_batches(preds: Items, targets: Items) -> list[Batch]:
 def _joined(preds: Items, targets: Items) -> Batch:
     n_det, det = _columns(preds, _PREDICTION)
     n_gt, gt = _columns(targets, _TARGET)
+    if len({column.device for column in (*det, *gt) if column is not None}) > 1:
+        raise ValueError
     return Batch(n_det, n_gt, det, gt)
 
 
@@ -84,6 +86,8 @@ def _columns(items: Items, names: Mapping[str, bool]) -> tuple[list[int], Column
             continue
         joined = torch.cat(values)
         if joined.ndim != 1 or list(map(Tensor.numel, values)) != sizes:
+            raise ValueError
+        if name == "labels" and joined.is_floating_point():
             raise ValueError
         columns.append(joined)
     return sizes, tuple(columns)
@@ -120,6 +124,11 @@ def _checked(item: Mapping[str, Any], names: Mapping[str, bool], where: str) -> 
         if name != "boxes" and tensor is not None and tensor.shape != boxes.shape[:1]:
             shape = list(tensor.shape)
             raise ValueError(f"{where}: expected {name} of shape [{len(boxes)}], one per box, found {shape}.")
+    labels = tensors["labels"]
+    if labels is not None and labels.is_floating_point():
+        if labels.numel():
+            raise ValueError(f"{where}: expected labels as whole numbers (int64), found {labels.dtype}.")
+        tensors["labels"] = labels.long()
     return tensors
 
 
@@ -127,7 +136,7 @@ def _tensor(value: Any, where: str) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
         return value
     try:
-        return torch.as_tensor(value, dtype=torch.float64)
+        return torch.as_tensor(value, dtype=None if where.endswith("labels") else torch.float64)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where} are no numbers ({error}).") from error
 

@@ -11,6 +11,7 @@ Shape legend: M samples, K classes.
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,10 @@ from rft_lightning.sample import as_boxes
 SampleId = int | str
 ABSENT = -1.0  # value of a metric that has nothing to measure, as in COCO's AP
 
-_FIRST_UNNAMED = -(2**63) + 1
+
+def _unnamed_keys() -> int:
+    """Where the keys of samples without an id begin: elsewhere in every metric, so that metrics may be merged."""
+    return -(2**63) + 1 + (secrets.randbits(30) << 32)
 
 
 def stable_id(value: SampleId) -> int:
@@ -75,7 +79,16 @@ class FlatMetric(Metric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._seeds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        self._unnamed = 0
+        self._next_unnamed = _unnamed_keys()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy gives keys of its own to what comes without an id."""
+        super().__setstate__(state)
+        self._next_unnamed = _unnamed_keys()
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> FlatMetric:
+        """Rows keep their dtypes: ids and counts are whole numbers, and the rest has to be float64."""
+        return self
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -108,10 +121,8 @@ class FlatMetric(Metric):
         """The id as int64; None makes a new one that no other call and no other rank makes."""
         if value is not None:
             return stable_id(value)
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-        self._unnamed += 1  # never reset: forward() resets and then puts the old rows back
-        return _FIRST_UNNAMED + self._unnamed * ranks + rank
+        self._next_unnamed += 1  # never reset: forward() resets and then puts the old rows back
+        return self._next_unnamed
 
     def _keys(self, ids: Sequence[SampleId | None] | None, count: int) -> list[int]:
         ids = [None] * count if ids is None else ids

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -226,11 +227,17 @@ def _marks(
 
 
 def _frequencies(target: Mapping[str, Any]) -> list[tuple[int, int]]:
-    return [(int(number), ord(letter)) for number, letter in (target.get("frequency") or {}).items()]
+    frequency = target.get("frequency") or {}
+    if not set(frequency.values()) <= set(FREQUENCIES.values()):
+        where = f"Image {target.get('image_id', 'without image_id')!r}"
+        raise ValueError(f"{where}: expected frequencies r, c and f, found {frequency}.")
+    return [(int(number), ord(letter)) for number, letter in frequency.items()]
 
 
 def _numbers(values: Any) -> Sequence[int]:
-    return values.tolist() if isinstance(values, Tensor) else (values or ())
+    if values is None:
+        return ()
+    return values.tolist() if isinstance(values, Tensor | np.ndarray) else values
 
 
 def _with_area(area: Tensor) -> Tensor:

@@ -61,7 +61,9 @@ class MaskIoU(FlatMetric):
         if protocol not in PROTOCOLS:
             raise ConfigConflictError(f"Expected protocol to be one of {', '.join(PROTOCOLS)}, found {protocol!r}.")
         self.protocol = protocol
-        self._add_rows_state("counts", 4, torch.int64)  # id, intersection, union, skipped
+        # Named by the protocol: a MetricCollection takes equal states of equal names for the same metric.
+        self._counts = f"counts_{protocol}"
+        self._add_rows_state(self._counts, 4, torch.int64)  # id, intersection, union, skipped
 
     def update(
         self,
@@ -87,11 +89,11 @@ class MaskIoU(FlatMetric):
         if rows:
             counts = torch.stack(rows)
             keys = torch.tensor(self._keys(ids, len(rows)))[:, None].to(counts.device, non_blocking=True)
-            self._add_rows("counts", torch.cat([keys, counts], dim=1))
+            self._add_rows(self._counts, torch.cat([keys, counts], dim=1))
 
     def compute(self) -> dict[str, Tensor]:
         """``mask_iou_mean``, ``mask_iou_cumulative`` and, with ``published_code``, ``n_skipped``; float64 scalars."""
-        rows = self._rows("counts")
+        rows = self._rows(self._counts)
         rows = rows[first_of_each(rows[:, :1])]
         skipped = rows[:, 3]
         intersection, union = rows[skipped == 0, 1:3].unbind(1)
