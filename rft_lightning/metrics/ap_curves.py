@@ -56,8 +56,8 @@ def precision_recall(pool: Pool, matches: Matches, n_objects: Tensor, caps: Sequ
     right = _bits(matches.right)
     starts = torch.searchsorted(classes, torch.arange(n_classes + 1, device=classes.device))
     n_right = _running(right, classes, starts)
-    counted = _bits((matches.right | matches.ignored) & pool.counted.index_select(0, det))
-    n_wrong = _wrong(pool, det, classes, n_classes) - _running(counted, classes, starts)
+    n_wrong = _wrong(pool, det, classes, n_classes)
+    n_wrong -= _running(_bits((matches.right | matches.ignored) & pool.counted.index_select(0, det)), classes, starts)
     absent = (n_objects == 0)[None]  # [1, K, A]
     precision = _envelope(right, n_right, n_wrong, classes, n_objects)
     precision = precision.view(len(RECALL_POINTS), n_classes, N_AREAS, N_THRESHOLDS).permute(3, 0, 1, 2)

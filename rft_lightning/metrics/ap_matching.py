@@ -213,14 +213,14 @@ class _SegmentedOr:
         place = torch.arange(len(keys), device=keys.device) - starts
         longest = int(counts.max()) if len(counts) else 0
         steps = [1 << power for power in range(max(longest - 1, 0).bit_length())]
-        # All bits where the row that many places before is of the same segment, else none.
-        self._reach = [(step, -(place[step:] >= step).long()) for step in steps]
+        # Whether the row that many places before is of the same segment.
+        self._reach = [(step, place[step:] >= step) for step in steps]
 
     def before(self, rows: Tensor) -> Tensor:
         """[S] int64."""
         found = torch.zeros_like(rows)
         for step, reach in self._reach:
             if step == 1:
-                found[1:] = rows[:-1] & reach
-            found[step:] |= found[:-step] & reach  # doubles how far each row has looked back
+                found[1:] = torch.where(reach, rows[:-1], 0)
+            found[step:] |= torch.where(reach, found[:-step], 0)  # doubles how far each row has looked back
         return found

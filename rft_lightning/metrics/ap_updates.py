@@ -29,18 +29,14 @@ class Batch(NamedTuple):
         n_gt: objects of each.
         det: boxes [N, 4] xyxy, scores [N], labels [N].
         gt: boxes [M, 4] xyxy, labels [M]; area, iscrowd, ignore [M], or None.
+        kind: what batches that are packed together have in common: dtypes of the boxes, device, optional columns.
     """
 
     n_det: list[int]
     n_gt: list[int]
     det: Columns
     gt: Columns
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What batches that are packed together have in common: dtypes of the boxes, device, optional columns."""
-        boxes = [columns[0] for columns in (self.det, self.gt)]
-        return (*((b.dtype, b.device) for b in boxes if b is not None), *(column is None for column in self.gt))
+    kind: tuple[Any, ...]
 
 
 def read_batches(preds: Items, targets: Items) -> list[Batch]:
@@ -61,9 +57,11 @@ def read_batches(preds: Items, targets: Items) -> list[Batch]:
 def _joined(preds: Items, targets: Items) -> Batch:
     n_det, det = _columns(preds, _PREDICTION)
     n_gt, gt = _columns(targets, _TARGET)
-    if len({column.device for column in (*det, *gt) if column is not None}) > 1:
+    given = [column for column in (*det, *gt) if column is not None]
+    if len({column.device for column in given}) > 1:
         raise ValueError
-    return Batch(n_det, n_gt, det, gt)
+    kind = (given[0].dtype, given[len(det)].dtype, given[0].device, *(column is None for column in gt))
+    return Batch(n_det, n_gt, det, gt, kind)
 
 
 def _columns(items: Items, names: Mapping[str, bool]) -> tuple[list[int], Columns]:
