@@ -577,6 +577,7 @@ def test_masks_are_part_of_the_content() -> None:
         ({"bbox": None}, "lacks 'bbox'"),
         ({"score": None}, "lacks 'score'"),
         ({"bbox": [1, 2, 3]}, "something else than expected"),
+        ({"score": "0.5"}, "something else than expected .score '0.5'"),
         ({"image_id": None}, "lacks 'image_id'"),
     ],
 )

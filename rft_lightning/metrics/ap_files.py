@@ -158,7 +158,10 @@ def _by_image(entries: Sequence[Mapping[str, Any]], place: Mapping[Any, int]) ->
 
 def _detection_row(result: Mapping[str, Any], needs_box: bool) -> tuple[float, ...]:
     box = result["bbox"] if needs_box else result.get("bbox", (0, 0, 0, 0))
-    return (result["category_id"], *box, result["score"])
+    score = result["score"]
+    if score is None or isinstance(score, str):  # numpy would make a number of either
+        raise TypeError(f"score {score!r}")
+    return (result["category_id"], *box, score)
 
 
 def _object_row(note: Mapping[str, Any]) -> tuple[float, ...]:
