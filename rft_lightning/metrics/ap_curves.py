@@ -54,7 +54,7 @@ def precision_recall(pool: Pool, matches: Matches, n_objects: Tensor, caps: Sequ
     det = matches.det
     classes = pool.classes.index_select(0, det)
     right = _bits(matches.right)
-    starts = torch.searchsorted(classes, torch.arange(n_classes + 1, device=classes.device))
+    starts = torch.searchsorted(classes, torch.arange(n_classes, device=classes.device))
     n_right = _running(right, classes, starts)
     n_wrong = _wrong(pool, det, classes, n_classes)
     n_wrong -= _running(_bits((matches.right | matches.ignored) & pool.counted.index_select(0, det)), classes, starts)
