@@ -50,6 +50,7 @@ class GRPOModule(PolicyModule):
         top_k: sample among the k likeliest tokens; 0 for all.
         top_p: sample among the fewest tokens holding this probability; 1 for all.
         min_p: leave out tokens less likely than this share of the likeliest; 0 for none.
+        min_completion_length: no rollout ends before it has so many tokens.
         scale_rewards: divide advantages by the standard deviation of the group or the batch, or not (none).
         baseline: subtract the mean reward of the group, of the others in it (leave_one_out), or of the batch.
         aggregation: sum_then_normalize, or normalize_then_sum (GDPO); see :func:`group_advantages`.
@@ -74,6 +75,7 @@ class GRPOModule(PolicyModule):
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        min_completion_length: int = 0,
         scale_rewards: str = "group",
         baseline: str = "group",
         aggregation: str = "sum_then_normalize",
@@ -97,7 +99,13 @@ class GRPOModule(PolicyModule):
         Sampling(temperature, top_k, top_p, min_p)  # refuses what is out of range
         self.group_size, self.num_iterations, self.rollout_prompts = group_size, num_iterations, rollout_prompts
         self.temperature = temperature
-        self.sampling = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+        if not 0 <= min_completion_length <= self.max_completion_length:
+            raise ConfigConflictError(
+                f"Expected 0 <= min_completion_length <= max_completion_length ({self.max_completion_length}), found "
+                f"{min_completion_length}."
+            )
+        self.sampling: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+        self.sampling["min_completion_length"] = min_completion_length
         self.advantage_settings: dict[str, Any] = {
             "scale": scale_rewards,
             "baseline": baseline,

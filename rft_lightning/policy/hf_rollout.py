@@ -23,7 +23,7 @@ def hf_sample(
     prompts: PromptBatch,
     group_size: int,
     sampling: Sampling,
-    length: int,
+    lengths: tuple[int, int],
     ends: list[int],
     pad: int,
     seeds: tuple[int, int],
@@ -35,7 +35,7 @@ def hf_sample(
         prompts: B prompts, left-padded.
         group_size: G.
         sampling: how tokens are drawn.
-        length: most tokens of a completion.
+        lengths: fewest and most tokens of a completion.
         ends: tokens that end a completion.
         pad: fills rows after their end.
         seeds: run seed and optimiser step; the noise also depends on which samples the batch holds.
@@ -43,7 +43,8 @@ def hf_sample(
     settings: dict[str, Any] = {
         "do_sample": not sampling.greedy,
         "num_return_sequences": 1 if sampling.greedy else group_size,
-        "max_new_tokens": length,
+        "min_new_tokens": max(0, lengths[0] - 1) or None,
+        "max_new_tokens": lengths[1],
         "eos_token_id": ends,
         "pad_token_id": pad,
         "suppress_tokens": vision_token_ids(base_model(model).config),

@@ -38,6 +38,7 @@ def sample_groups(
     *,
     tokenizer: Any,
     max_completion_length: int = 256,
+    min_completion_length: int = 0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -62,6 +63,7 @@ def sample_groups(
         group_size: G, completions per prompt; with greedy decoding they are all the same.
         tokenizer: decodes the completions.
         max_completion_length: most tokens of a completion.
+        min_completion_length: no completion ends before it has so many tokens.
         temperature: divides the logits; 0 decodes greedily.
         top_k: sample among the k most likely tokens; 0 for all.
         top_p: sample among the fewest tokens that hold this much probability; 1 for all.
@@ -75,18 +77,19 @@ def sample_groups(
         ConfigConflictError: a setting is out of its range.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p)
-    _check(group_size, max_completion_length, engine)
+    lengths = min_completion_length, max_completion_length
+    _check(group_size, lengths, engine)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     ends = end_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     with evaluating(model):
         if engine == "hf":
-            ids_NC = hf_sample(model, prompts, group_size, sampling, max_completion_length, ends, pad, (seed, step))
+            ids_NC = hf_sample(model, prompts, group_size, sampling, lengths, ends, pad, (seed, step))
             logp_NC = None
         else:
             keys_N = row_keys(prompts.samples, group_size, seed=seed, step=step, device=prompts.input_ids.device)
             decoder = GroupDecoder(model, prompts, group_size)
-            ids_NC, logp_NC = decoder.decode(sampling, keys_N, max_completion_length, ends, pad)
+            ids_NC, logp_NC = decoder.decode(sampling, keys_N, lengths, ends, pad)
     return _as_rollouts(prompts, ids_NC, logp_NC, ends, pad, tokenizer)
 
 
@@ -130,17 +133,19 @@ class GroupDecoder:
             self.cache.batch_repeat_interleave(repeats)
 
     def decode(
-        self, sampling: Sampling, keys_N: Tensor, length: int, ends: list[int], pad: int
+        self, sampling: Sampling, keys_N: Tensor, lengths: tuple[int, int], ends: list[int], pad: int
     ) -> tuple[Tensor, Tensor]:
         """Token ids [N, C] filled up with `pad` after the end, and their log-probs [N, C], 0 there."""
-        rows = len(keys_N)
+        rows, (shortest, length) = len(keys_N), lengths
         ids_NC = torch.full((rows, length), pad, dtype=torch.long, device=self.device)
         logp_NC = torch.zeros(rows, length, device=self.device)
         stops = torch.tensor(ends, device=self.device)
+        before_stops = torch.cat([self.forbidden, stops])
         growing_n = torch.arange(rows, device=self.device)
         finished_n = torch.zeros(rows, dtype=torch.bool, device=self.device)
         for position in range(length):
-            tokens_n, logp_n = next_tokens(self.logits, sampling, keys_N[growing_n], position, self.forbidden)
+            forbidden = before_stops if position + 1 < shortest else self.forbidden
+            tokens_n, logp_n = next_tokens(self.logits, sampling, keys_N[growing_n], position, forbidden)
             tokens_n = tokens_n.masked_fill(finished_n, pad)  # rows that only run on
             ids_NC[growing_n, position] = tokens_n
             logp_NC[growing_n, position] = logp_n.masked_fill(finished_n, 0.0)
@@ -198,10 +203,12 @@ def _as_rollouts(
     )
 
 
-def _check(group_size: int, length: int, engine: str) -> None:
+def _check(group_size: int, lengths: tuple[int, int], engine: str) -> None:
+    shortest, longest = lengths
     rules = {
         f"group_size >= 1, found {group_size}": group_size >= 1,
-        f"max_completion_length >= 1, found {length}": length >= 1,
+        f"max_completion_length >= 1, found {longest}": longest >= 1,
+        f"0 <= min_completion_length <= max_completion_length ({longest}), found {shortest}": 0 <= shortest <= longest,
         f"engine to be one of {', '.join(ENGINES)}, found {engine!r}": engine in ENGINES,
     }
     for rule, holds in rules.items():
