@@ -1,18 +1,29 @@
-"""The policies of the benchmarks: Qwen2-VL of the sizes in step_config.json with random weights; nothing is downloaded."""
+"""What the benchmarks of speed share: Qwen2-VL of the sizes in step_config.json with random weights, prompts, a clock.
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
-from rft_lightning.policy.loading import DTYPES
+from rft_lightning.policy.loading import DTYPES, load_policy
 from rft_lightning.policy.tiny import CHAT_TEMPLATE, shapes_corpus, train_tokenizer
+from rft_lightning.prompts import PromptEncoder
+from rft_lightning.sample import DetectionTarget, PromptBatch, Sample
+from rft_lightning.tasks import DetectionTask
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIGS = Path(__file__).with_name("step_config.json")
 
 
@@ -68,3 +79,43 @@ def machine() -> dict[str, Any]:
     found = {"cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
     found |= {"transformers": transformers.__version__}
     return found | ({"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {})
+
+
+def load(name: str, folder: Path | str, **options: Any) -> Any:
+    """The policy that `build` wrote, on the device, in training mode; `options` are those of load_policy."""
+    return load_policy(str(folder), dtype=sizes(name)["dtype"], **options).to(DEVICE)
+
+
+def prompts_of(folder: Path | str, count: int, *, side: int, digits: int = 0) -> PromptBatch:
+    """Questions about pictures of `side` x `side` pixels, 28 x 28 to a token; `digits` more tokens of text."""
+    encoder = PromptEncoder(str(folder), min_pixels=side**2, max_pixels=side**2, max_prompt_length=None)
+    task, rng = DetectionTask(), np.random.default_rng(0)
+    target = DetectionTarget(torch.zeros(0, 4), category="circle", image_size=(side, side))
+    question = task.question(target, encoder.frame) + digits * "0"
+    pictures = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
+    samples = [
+        Sample(str(index), picture, target, task, (side, side), question=question)
+        for index, picture in enumerate(pictures)
+    ]
+    return encoder(samples).to(DEVICE)
+
+
+def random_completions(name: str, model: Any, group_size: int, length: int) -> torch.Tensor:
+    """[1, G, C] token ids that the tokenizer does not have: no special ones are among them."""
+    to = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(sizes(name)["tokenizer_size"], to, (1, group_size, length), generator=generator).to(DEVICE)
+
+
+def now() -> float:
+    """A time in seconds, when all work on the device is done."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """The time of a call, its work on the device included."""
+    begun = now()
+    run()
+    return now() - begun

@@ -233,7 +233,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--group-sizes", type=int, nargs="+", default=[8] if cuda else [8, 16])
     parser.add_argument("--prompts", type=int, default=16 if cuda else 1, help="prompts per step")
     parser.add_argument("--length", type=int, default=256 if cuda else 64, help="tokens of each completion")
-    parser.add_argument("--micro-batch-prompts", type=int, help="ours: prompts per forward and backward; all by default")
+    parser.add_argument(
+        "--micro-batch-prompts", type=int, help="ours: prompts per forward and backward; all by default"
+    )
     parser.add_argument("--rounds", type=int, default=6, help="steps of each trainer that count; one more comes first")
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes by itself")
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=TRAINERS)
@@ -269,8 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
         data = datamodule(settings)
         length = data.encoder([data.split("train")[0]]).input_ids.shape[1]
         rows = {}
-        for settings.group_size in settings.group_sizes:
-            rows[settings.group_size] = compare(settings)
+        for group_size in settings.group_sizes:
+            settings.group_size = group_size
+            rows[group_size] = compare(settings)
     shown = ("policy", "group_sizes", "prompts", "length", "micro_batch_prompts", "rounds", "threads", "trainers")
     results = {
         "machine": machine(),

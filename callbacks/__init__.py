@@ -1,4 +1,4 @@
-"""Callbacks: metrics over predictions, and what training changed."""
+"""Callbacks: metrics over predictions, what training changed, and how fast it is."""
 
 from rft_lightning.callbacks.base import MetricCallback
 from rft_lightning.callbacks.before_after import BeforeAfter
@@ -9,6 +9,7 @@ from rft_lightning.callbacks.hf_export import HFExport
 from rft_lightning.callbacks.label_accuracy import LabelAccuracy
 from rft_lightning.callbacks.predictions import PredictionWriter
 from rft_lightning.callbacks.progress import RolloutProgressBar
+from rft_lightning.callbacks.throughput import Throughput
 
 __all__ = [
     "BeforeAfter",
@@ -20,4 +21,5 @@ __all__ = [
     "PredictionWriter",
     "RolloutCheckpoint",
     "RolloutProgressBar",
+    "Throughput",
 ]

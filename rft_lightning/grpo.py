@@ -25,8 +25,8 @@ from rft_lightning.policy.loading import evaluating, frozen_copy, load_policy
 from rft_lightning.policy.sampling import Sampling
 from rft_lightning.policy.shared_prefix import group_logprobs_and_entropies
 from rft_lightning.policy_module import PolicyModule
-from rft_lightning.rollout_batches import BatchCounts, MicroBatch, count_tokens, cut, join_rollouts
-from rft_lightning.run_statistics import Clock, is_count, length_statistics
+from rft_lightning.rollout_batches import BatchCounts, MicroBatch, count_tokens, cut
+from rft_lightning.run_statistics import Clock, Workload, is_count, length_statistics, rollout_sizes
 from rft_lightning.sample import PromptBatch, Rollouts
 from rft_lightning.scoring import Scores, join_scores, score_rollouts, statistics
 
@@ -45,7 +45,8 @@ class GRPOModule(PolicyModule):
         group_size: G, answers per prompt; at least 2.
         objective: the loss; GRPOObjective() when None.
         num_iterations: passes over each rollout batch (mu).
-        rollout_prompts: prompts decoded at once; bounds the memory of the rollout. The whole batch when None.
+        rollout_prompts: prompts whose answers grow at the same time; bounds the memory of the rollout. The next one
+            begins when enough answers are finished. The whole batch when None.
         temperature: sampling temperature of the rollouts; log-probs are taken at the same one.
         top_k: sample among the k likeliest tokens; 0 for all.
         top_p: sample among the fewest tokens holding this probability; 1 for all.
@@ -117,6 +118,8 @@ class GRPOModule(PolicyModule):
         self.objective = GRPOObjective() if objective is None else copy.deepcopy(objective)
         self._set_up_objective(kl_controller, entropy_controller)
         self._logged: set[str] = set()
+        # Of the last training batch, for callbacks.
+        self.workload: Workload | None = None
         # Outside the module tree: no optimiser, checkpoint or train() reaches the reference model.
         self._reference: tuple[nn.Module, ...] = ()
 
@@ -214,11 +217,14 @@ class GRPOModule(PolicyModule):
         pad = self.processor.tokenizer.pad_token_id
         rollouts, scores, chosen, waves = roll_out_waves(batch, sample, self._informative, pad)
         everyone = join_scores(gather_objects(scores.to("cpu")))
-        values = {**length_statistics(rollouts), **statistics(everyone, self.group_size)}
+        sizes = rollout_sizes(rollouts)
+        rolled_out = sizes.cut(len(batch) // batch.waves, self.rollout_prompts)
+        values = {**length_statistics(sizes), **statistics(everyone, self.group_size)}
         if batch.waves > 1:
             informative = float(self._informative(everyone).float().mean())
             values |= {"dynamic_sampling/waves": waves, "dynamic_sampling/informative": informative}
             rollouts, scores = rollouts.take(chosen), scores.take(self._rows(chosen))
+            sizes = sizes.take(chosen)
         mini_batches = cut(
             rollouts,
             mini_batch_prompts=self.mini_batch_prompts,
@@ -228,26 +234,32 @@ class GRPOModule(PolicyModule):
         self._add_logprobs(mini_batches)
         advantages_N = self.advantages(scores, self.group_size, self._reward_penalty(mini_batches))
         clock.lap("logprobs")
+        start = self.global_step
         values |= self.update(mini_batches, advantages_N)
         clock.lap("update")
+        first = mini_batches[0][0]
+        self.workload = Workload(
+            seconds=clock.seconds,
+            rolled_out=rolled_out,
+            trained=sizes.cut(self.mini_batch_prompts, self.micro_batch_prompts),
+            layout=self.layout,
+            scoring_passes=sum(logp is not None for logp in (first.ref_logp, first.old_logp)),
+            training_passes=(self.global_step - start) / len(mini_batches),
+        )
         self._log_batch({**values, **clock.statistics()}, len(rollouts))
 
     def roll_out(
         self, batch: PromptBatch, *, group_size: int | None = None, temperature: float | None = None
     ) -> Rollouts:
         """G sampled answers to each prompt, `rollout_prompts` prompts at a time."""
-        chunks = batch.chunks(self.rollout_prompts or len(batch))
-        parts = [
-            self.generate(
-                chunk,
-                group_size or self.group_size,
-                temperature=self.temperature if temperature is None else temperature,
-                step=self.global_step,
-                **self.sampling,
-            )
-            for chunk in chunks
-        ]
-        return join_rollouts(batch, parts, self.processor.tokenizer.pad_token_id)
+        return self.generate(
+            batch,
+            group_size or self.group_size,
+            temperature=self.temperature if temperature is None else temperature,
+            step=self.global_step,
+            rollout_prompts=self.rollout_prompts,
+            **self.sampling,
+        )
 
     def score(self, rollouts: Rollouts) -> Scores:
         """Read and reward every completion."""
@@ -297,7 +309,7 @@ class GRPOModule(PolicyModule):
         if self.objective.needs_reference:
             with self.reference_model() as reference:
                 for micro in micro_batches:
-                    micro.ref_logp = self._logprobs(reference, micro.rollouts)[0]
+                    micro.ref_logp = self._logprobs(reference, micro)[0]
         # With a single step the policy is still the one that sampled, and its ratio is 1 without a second forward.
         steps = self.num_iterations * len(mini_batches)
         entropies = self.objective.top_entropy_quantile < 1
@@ -306,9 +318,7 @@ class GRPOModule(PolicyModule):
             assert self.policy is not None
             with evaluating(self.policy), torch.no_grad():  # dropout had no part in the sampling
                 for micro in micro_batches:
-                    micro.old_logp, micro.old_entropy = self._logprobs(
-                        self.policy, micro.rollouts, with_entropy=entropies
-                    )
+                    micro.old_logp, micro.old_entropy = self._logprobs(self.policy, micro, with_entropy=entropies)
 
     def _reward_penalty(self, mini_batches: list[list[MicroBatch]]) -> Tensor | None:
         """[N] beta times the KL of each completion, where that is part of the reward."""
@@ -352,12 +362,12 @@ class GRPOModule(PolicyModule):
     def _mini_step(self, mini: list[MicroBatch], advantages_N: Tensor, counts: BatchCounts) -> dict[str, Tensor]:
         share = sum(len(micro.mask) for micro in mini) / counts.completions
         coefficients = {name: controller.value for name, controller in self.controllers.items()}
-        collected: list[tuple[dict[str, Tensor], int, int]] = []
+        collected: list[tuple[dict[str, Tensor], int, Tensor]] = []
 
         def loss_of(micro: MicroBatch) -> Tensor:
             logp, entropy = self._logprobs(
                 self.policy,
-                micro.rollouts,
+                micro,
                 with_entropy=True,
                 entropy_gradient=self.objective.entropy_needs_gradient or "entropy_coef" in self.controllers,
             )
@@ -374,13 +384,12 @@ class GRPOModule(PolicyModule):
                 entropy_threshold=counts.entropy_threshold,
                 **coefficients,
             )
-            collected.append((stats, len(micro.mask), int(count_tokens([micro.mask]))))
+            collected.append((stats, len(micro.mask), count_tokens([micro.mask])))
             return loss
 
         names = [sample.id for micro in mini for sample in micro.rollouts.prompts.samples]
         loss = self.optimiser_step(mini, loss_of, names)
-        own = [({name: x.cpu() for name, x in stats.items()}, count, tokens) for stats, count, tokens in collected]
-        everyone = gather_objects((loss.cpu(), own))
+        everyone = gather_objects(_on_host(loss, collected))
         parts = [part for _, parts in everyone for part in parts]
         measured = self.objective.combine_statistics(parts)
         self._adapt(measured, sum(completions for _, completions, _ in parts), sum(tokens for *_, tokens in parts))
@@ -399,7 +408,7 @@ class GRPOModule(PolicyModule):
     def _logprobs(
         self,
         model: nn.Module | None,
-        rollouts: Rollouts,
+        micro: MicroBatch,
         *,
         with_entropy: bool = False,
         entropy_gradient: bool = False,
@@ -407,13 +416,14 @@ class GRPOModule(PolicyModule):
         assert model is not None
         logp_BGC, entropy_BGC = group_logprobs_and_entropies(
             model,
-            rollouts.prompts,
-            rollouts.completion_ids,
-            rollouts.completion_mask,
+            micro.rollouts.prompts,
+            micro.rollouts.completion_ids,
+            micro.rollouts.completion_mask,
             temperature=self.temperature,
             forward=self.layout,
             with_entropy=with_entropy,
             entropy_gradient=entropy_gradient,
+            row=micro.row,
         )
         return logp_BGC.flatten(0, 1), None if entropy_BGC is None else entropy_BGC.flatten(0, 1)
 
@@ -428,3 +438,13 @@ class GRPOModule(PolicyModule):
         for name, controller in self.controllers.items():
             self.log(f"train/{name}", controller.value)
         self.log("train/learning_rate", self._scheduler().get_last_lr()[0])
+
+
+def _on_host(
+    loss: Tensor, collected: list[tuple[dict[str, Tensor], int, Tensor]]
+) -> tuple[Tensor, list[tuple[dict[str, Tensor], int, int]]]:
+    """The loss and the (statistics, completions, tokens) of micro-batches, in one transfer from the device."""
+    tensors = [loss, *(tensor for stats, _, tokens in collected for tensor in (*stats.values(), tokens))]
+    values = iter(torch.stack([tensor.detach().double() for tensor in tensors]).cpu())
+    loss = next(values).float()
+    return loss, [({name: next(values).float() for name in stats}, n, int(next(values))) for stats, n, _ in collected]

@@ -6,10 +6,13 @@ Shape legend: B prompts, b prompts of a micro-batch, G completions per prompt, N
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from rft_lightning.policy.group_row import GroupRow
+from rft_lightning.policy.shared_prefix import group_row
 from rft_lightning.sample import PromptBatch, Rollouts
 
 
@@ -32,6 +35,11 @@ class MicroBatch:
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
     old_entropy: Tensor | None = None
+
+    @cached_property
+    def row(self) -> GroupRow:
+        """Where the tokens stand in one row: the same for every pass over them."""
+        return group_row(self.rollouts.prompts, self.rollouts.lengths, self.rollouts.completion_ids.shape[-1])
 
     @property
     def sampler_logp(self) -> Tensor | None:

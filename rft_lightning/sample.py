@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -247,6 +248,19 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+@dataclass(frozen=True)
+class Features:
+    """The features of the images of one prompt, as the vision tower of a family gives them.
+
+    Attributes:
+        pooled: what stands in place of the image tokens: [tokens, D] per image, or [tiles, tokens, D].
+        deep: the same for each further decoder layer that takes features (deepstack).
+    """
+
+    pooled: Sequence[Tensor] | Tensor
+    deep: Sequence[Sequence[Tensor]]
+
+
 @dataclass
 class PromptBatch:
     """B encoded prompts, left-padded, with the samples they come from.
@@ -261,6 +275,9 @@ class PromptBatch:
         patch_counts: number of rows of ``pixel_values`` of each prompt: patches in the Qwen families, tiles in others.
         samples: the B samples, questions and solution texts filled in.
         frame: the frame in which the model writes coordinates.
+        positions: rope positions of the prompts, [3, B, P] or [B, P], once they were worked out
+            (:func:`rft_lightning.policy.prompt_inputs.prepared`).
+        features: of each prompt's images, once they were worked out; only where no training changes them.
         waves: equal parts, behind one another, of which training rolls out the second and later ones only if the ones
             before gave too few groups to learn from (dynamic sampling).
     """
@@ -272,22 +289,34 @@ class PromptBatch:
     patch_counts: list[int]
     samples: list[Sample]
     frame: CoordinateFrame
+    positions: Tensor | None = None
+    features: list[Features] | None = None
     waves: int = 1
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each prompt."""
+        lengths: list[int] = self.attention_mask.sum(1).tolist()
+        return lengths
 
     def to(self, device: torch.device | str, **kwargs: Any) -> PromptBatch:
         """The same batch with its tensors on `device`."""
         return self._map(lambda tensor: tensor.to(device, **kwargs))
 
     def _map(self, function: Any) -> PromptBatch:
-        return replace(
+        mapped = replace(
             self,
             input_ids=function(self.input_ids),
             attention_mask=function(self.attention_mask),
             vision={name: function(tensor) for name, tensor in self.vision.items()},
+            positions=None if self.positions is None else function(self.positions),
+            features=None,
         )
+        mapped.__dict__["lengths"] = self.lengths  # counted where the tensors were, before any device holds them
+        return mapped
 
     def select(self, start: int, stop: int) -> PromptBatch:
         """Prompts `start` to `stop`, with the padding columns that none of them needs removed."""
@@ -303,25 +332,28 @@ class PromptBatch:
 
     def _cut(self, prompts: Sequence[int], rows: Any, patches: Any, images: Any) -> PromptBatch:
         """The prompts of these numbers; the others are the same choice as indices of tensors."""
-        mask = self.attention_mask[rows]
-        width = int(mask.sum(1).max()) if len(mask) else 0
-        columns = slice(mask.shape[1] - width, None)
+        lengths = [self.lengths[prompt] for prompt in prompts]
+        columns = slice(self.attention_mask.shape[1] - max(lengths, default=0), None)
 
         def cut(name: str, tensor: Tensor) -> Tensor:
             if name in TOKEN_TENSORS:
                 return tensor[rows][:, columns]
             return tensor[patches if name == "pixel_values" else images]
 
-        return replace(
+        part = replace(
             self,
             input_ids=self.input_ids[rows][:, columns],
-            attention_mask=mask[:, columns],
+            attention_mask=self.attention_mask[rows][:, columns],
+            positions=None if self.positions is None else self.positions[..., rows, columns],
             vision={name: cut(name, tensor) for name, tensor in self.vision.items()},
             image_counts=[self.image_counts[prompt] for prompt in prompts],
             patch_counts=[self.patch_counts[prompt] for prompt in prompts],
             samples=[self.samples[prompt] for prompt in prompts],
+            features=None if self.features is None else [self.features[prompt] for prompt in prompts],
             waves=1,
         )
+        part.__dict__["lengths"] = lengths
+        return part
 
     def chunks(self, size: int) -> list[PromptBatch]:
         """The batch cut into pieces of at most `size` prompts."""
@@ -352,26 +384,35 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @cached_property
+    def lengths(self) -> list[list[int]]:
+        """[B][G] tokens of each completion."""
+        lengths: list[list[int]] = self.completion_mask.sum(-1).tolist()
+        return lengths
+
     def select(self, start: int, stop: int) -> Rollouts:
         """The groups of prompts `start` to `stop`, without the columns none of them needs."""
-        return self._cut(self.prompts.select(start, stop), slice(start, stop), self.texts[start:stop])
+        numbers = range(len(self))[start:stop]
+        return self._cut(self.prompts.select(start, stop), slice(start, stop), numbers)
 
     def take(self, prompts: Sequence[int]) -> Rollouts:
         """The groups of the prompts of these numbers in this order, without the columns none of them needs."""
         rows = torch.tensor(prompts, device=self.completion_ids.device)
-        return self._cut(self.prompts.take(prompts), rows, [self.texts[prompt] for prompt in prompts])
+        return self._cut(self.prompts.take(prompts), rows, prompts)
 
-    def _cut(self, prompts: PromptBatch, rows: Any, texts: list[list[str]]) -> Rollouts:
-        mask = self.completion_mask[rows]
-        width = max(1, int(mask.sum(-1).max())) if len(mask) else 0
-        return Rollouts(
+    def _cut(self, prompts: PromptBatch, rows: Any, numbers: Sequence[int]) -> Rollouts:
+        lengths = [self.lengths[number] for number in numbers]
+        width = max([1, *(max(group) for group in lengths)]) if lengths else 0
+        part = Rollouts(
             prompts,
             self.completion_ids[rows][:, :, :width],
-            mask[..., :width],
-            texts,
+            self.completion_mask[rows][..., :width],
+            [self.texts[number] for number in numbers],
             self.truncated[rows],
             None if self.logprobs is None else self.logprobs[rows][:, :, :width],
         )
+        part.__dict__["lengths"] = lengths
+        return part
 
 
 @dataclass

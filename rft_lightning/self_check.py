@@ -22,9 +22,9 @@ from rft_lightning.prompts import PromptEncoder
 from rft_lightning.sample import PromptBatch, Sample
 from rft_lightning.tasks import ClassificationTask
 
-# |Difference| of log-probs, averaged over a completion. Exact layouts differ by 1e-6 in float32; in bfloat16 as much as
-# the plain route from itself in another batch, or a little.
-TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-4, 0.03
+# |Difference| of log-probs, averaged over a completion. Exact layouts differ by 1e-6 in float32. In bfloat16 they
+# differ about as much as the plain route does from its own float32 result, by 0.02 to 0.06; wrong ones by tenths.
+TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-4, 0.1
 
 
 def probe(encoder: PromptEncoder) -> tuple[PromptBatch, Tensor, Tensor]:

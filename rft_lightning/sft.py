@@ -10,6 +10,7 @@ from torch import Tensor
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.policy.shared_prefix import group_logprobs
 from rft_lightning.policy_module import PolicyModule
+from rft_lightning.run_statistics import Clock, GroupSizes, Workload, group_sizes
 from rft_lightning.sample import PromptBatch
 
 
@@ -26,6 +27,8 @@ class SFTModule(PolicyModule):
     def __init__(self, policy: str, *, with_thought: bool = True, **kwargs: Any) -> None:
         super().__init__(policy, **kwargs)
         self.with_thought = with_thought
+        # Of the last training batch, for callbacks.
+        self.workload: Workload | None = None
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One optimiser step per mini-batch."""
@@ -33,16 +36,23 @@ class SFTModule(PolicyModule):
             raise ConfigConflictError(
                 f"data.oversample is {batch.waves}, but supervised fine-tuning learns from every row: set it to 1."
             )
-        losses = []
+        clock = Clock()
+        losses, trained = [], []
         for mini in batch.chunks(self.mini_batch_prompts or len(batch)):
             if self.reached_max_steps():
                 break
-            losses.append(self._step(mini))
+            loss, sizes = self._step(mini)
+            losses.append(loss)
+            trained += sizes
         if losses:
             loss = torch.stack(losses).mean()
             self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        clock.lap("update")
+        self.workload = Workload(clock.seconds, [], trained, self.layout, scoring_passes=0, training_passes=1)
+        for name, value in clock.statistics().items():
+            self.log(f"train/{name}", value, batch_size=len(batch))
 
-    def _step(self, mini: PromptBatch) -> Tensor:
+    def _step(self, mini: PromptBatch) -> tuple[Tensor, list[GroupSizes]]:
         micro_batches = mini.chunks(self.micro_batch_prompts or len(mini))
         encoded = [(micro, *self.solutions(micro)) for micro in micro_batches]
         # Gradients are averaged over processes, so the loss is divided by the mean token count of a process.
@@ -55,7 +65,9 @@ class SFTModule(PolicyModule):
             logp_B1C = group_logprobs(self.policy, prompt, ids_BC[:, None], mask_BC[:, None], forward=self.layout)
             return -logp_B1C.sum() / tokens
 
-        return self.optimiser_step(encoded, loss_of, [sample.id for sample in mini.samples])
+        loss = self.optimiser_step(encoded, loss_of, [sample.id for sample in mini.samples])
+        lengths_B1 = torch.cat([mask_BC.sum(1, keepdim=True) for _, _, mask_BC in encoded]).cpu()
+        return loss, group_sizes(mini, lengths_B1).cut(self.micro_batch_prompts)
 
     def solutions(self, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Token ids [B, C] of the solution texts with their end of sequence, and their mask [B, C].

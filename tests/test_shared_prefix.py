@@ -264,13 +264,19 @@ def test_what_stands_in_the_padding_does_not_matter(family_folder):
 # Which layout
 
 
-def test_auto_takes_the_familys_preferred_layout_that_is_possible(family_folder):
+def test_auto_takes_the_cheapest_layout_that_is_possible(family_folder):
+    """Packed where its attention is computed part by part; else the prefix cache, which needs no dense mask."""
     folder = family_folder("qwen2_vl")
-    assert choose_layout(policy(folder, False, False)) == "prefix_cache"
-    checkpointing = policy(folder, False, True)
-    assert choose_layout(checkpointing) == "packed"
-    assert choose_layout(checkpointing.eval()) == "prefix_cache"
-    checkpointing.train()
+    assert choose_layout(policy(folder, False, False)) == "packed"
+    assert choose_layout(policy(folder, False, True)) == "packed"
+    eager = load_policy(folder, attn_implementation="eager", gradient_checkpointing=True)
+    assert choose_layout(eager) == "packed"
+    assert choose_layout(eager.eval()) == "prefix_cache"
+    dropping = load_policy(folder)
+    dropping.config.text_config.attention_dropout = 0.1
+    assert choose_layout(dropping) == "prefix_cache"
+    assert choose_layout(dropping.eval()) == "packed"
+    assert choose_layout(load_policy(family_folder("gemma3"))) == "prefix_cache"
     assert choose_layout(load_policy(family_folder("qwen3_5"))) == PLAIN
 
 
@@ -333,6 +339,17 @@ def planted_leak(monkeypatch, family_folder):
         self.segments = self.segments.clamp(max=0)
 
     monkeypatch.setattr(packing.PackedRows, "__init__", leaking)
+    return family_folder("internvl"), {"attn_implementation": "eager"}
+
+
+def planted_causal_row(monkeypatch, family_folder):
+    """The same where attention is computed part by part."""
+
+    def attend(self, layer, query, key, value, scale):
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+
+    monkeypatch.setattr("rft_lightning.policy.group_attention.PackedGroups.attend", attend)
     return family_folder("internvl"), {}
 
 
@@ -342,8 +359,11 @@ def planted_causal_images(monkeypatch, family_folder):
     return family_folder("gemma3"), {}
 
 
+PLANTS = [planted_bool_mask, planted_linear_attention, planted_leak, planted_causal_row, planted_causal_images]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("plant", [planted_bool_mask, planted_linear_attention, planted_leak, planted_causal_images])
+@pytest.mark.parametrize("plant", PLANTS)
 def test_the_self_check_refuses_a_wrong_layout(monkeypatch, family_folder, plant, dtype):
     folder, settings = plant(monkeypatch, family_folder)
     model, encoder = load_policy(folder, dtype=dtype, **settings), PromptEncoder(folder)

@@ -199,12 +199,16 @@ def repeat_prompts(prompts: PromptBatch, times: int) -> PromptBatch:
         image_counts=[count for count in prompts.image_counts for _ in range(times)],
         patch_counts=[count for count in prompts.patch_counts for _ in range(times)],
         samples=[sample for sample in prompts.samples for _ in range(times)],
+        positions=None if prompts.positions is None else prompts.positions.repeat_interleave(times, -2),
+        features=None if prompts.features is None else [found for found in prompts.features for _ in range(times)],
     )
 
 
 def prompt_positions(model: nn.Module, prompts: PromptBatch) -> tuple[Tensor, Tensor]:
     """Rope positions of the prompts, [3, B, P] or [B, P], and the position [B] of the token that follows each."""
-    positions = position_ids(model, prompts.input_ids, prompts.attention_mask, prompts.vision)
+    positions = prompts.positions
+    if positions is None:
+        positions = position_ids(model, prompts.input_ids, prompts.attention_mask, prompts.vision)
     seen = positions.masked_fill(prompts.attention_mask == 0, 0)
     return positions, seen.amax((0, 2) if seen.ndim == 3 else 1) + 1
 

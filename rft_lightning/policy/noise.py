@@ -31,15 +31,16 @@ def row_keys(samples: Sequence[Sample], group_size: int, *, seed: int, step: int
     return torch.tensor([key - _WORD if key >= _WORD // 2 else key for key in keys], dtype=torch.int64, device=device)
 
 
-def gumbel(keys_N: Tensor, position: int, tokens_NK: Tensor) -> Tensor:
+def gumbel(keys_N: Tensor, position: int | Tensor, tokens_NK: Tensor) -> Tensor:
     """Standard Gumbel noise [N, K] in float32 of the tokens that may follow at `position` (0 is the first) of each row.
 
     Args:
         keys_N: int64 keys of the rows.
-        position: index of the token in its completion.
+        position: index of the token in its completion; one for all rows, or [N].
         tokens_NK: token ids, [N, K] or [1, K] where every row has the same candidates.
     """
-    keys_N = _mix64(keys_N + _signed64((position + 1) * _GOLDEN))
+    turn = _signed64((position + 1) * _GOLDEN) if isinstance(position, int) else (position + 1) * _signed64(_GOLDEN)
+    keys_N = _mix64(keys_N + turn)
     low_N1 = keys_N.to(torch.int32)[:, None]
     high_N1 = (keys_N >> 32).to(torch.int32)[:, None]
     bits_NK = _mix32(_mix32(tokens_NK.to(torch.int32) ^ low_N1) + high_N1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rft_lightning.policy.families import position_ids, repeat_prompts
 from rft_lightning.policy.logprobs import token_entropies, token_logprobs
+from rft_lightning.policy.prompt_inputs import model_inputs
 from rft_lightning.sample import TOKEN_TENSORS, PromptBatch
 
 
@@ -41,7 +42,7 @@ def plain_group_logprobs(
     rows = repeat_prompts(prompt, group_size)
     ids_NT = torch.cat([rows.input_ids, completion_ids.flatten(0, 1)], 1)
     mask_NT = torch.cat([rows.attention_mask, completion_mask.flatten(0, 1).to(rows.attention_mask)], 1)
-    vision = dict(rows.vision)
+    vision = model_inputs(rows)
     for name in vision.keys() & TOKEN_TENSORS:
         vision[name] = nn.functional.pad(vision[name], (0, length))  # completions are text: 0
     logits_NCV = model(

@@ -1,7 +1,7 @@
 """Group sampling: G completions for each of B prompts, the prompt and its image computed once.
 
-Shape legend: B prompts, G completions per prompt, N = B*G rows, n rows that still grow, P prompt tokens,
-C completion tokens, V vocabulary.
+Shape legend: B prompts, G completions per prompt, N = B*G rows, n rows that still grow, C completion tokens,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,22 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.policy.families import (
-    base_model,
-    end_token_ids,
-    family_of,
-    prompt_positions,
-    repeat_prompts,
-    text_positions,
-    vision_token_ids,
-)
+from rft_lightning.policy.decoding import CacheDecoder, Decoder, SharedDecoder
+from rft_lightning.policy.families import base_model, end_token_ids, vision_token_ids
 from rft_lightning.policy.hf_rollout import hf_sample
 from rft_lightning.policy.loading import evaluating
 from rft_lightning.policy.noise import row_keys
+from rft_lightning.policy.prompt_inputs import prepared
 from rft_lightning.policy.sampling import Sampling, next_tokens
+from rft_lightning.policy.shared_prefix import shares_keys
 from rft_lightning.sample import PromptBatch, Rollouts
 
 ENGINES = ("native", "hf")
+# Steps between two looks at which rows are finished. Looking waits for a GPU; on the CPU it costs nothing.
+CHECK_EVERY = {"cuda": 8}
 
 
 @torch.no_grad()
@@ -46,6 +43,8 @@ def sample_groups(
     seed: int | None = None,
     step: int = 0,
     engine: str = "native",
+    rollout_prompts: int | None = None,
+    cuda_graphs: bool = True,
 ) -> Rollouts:
     """Sample `group_size` completions for each prompt.
 
@@ -72,110 +71,107 @@ def sample_groups(
         step: optimiser step, so that the same sample is answered anew in each.
         engine: ``native``, or ``hf`` for the model's own ``generate``, which computes a prompt once per completion,
             returns no log-probs and draws other noise.
+        rollout_prompts: prompts whose completions grow at the same time; the next one begins when as many rows as it
+            needs are finished. All when None.
+        cuda_graphs: on CUDA, replay decode steps as graphs instead of launching their kernels one by one.
 
     Raises:
         ConfigConflictError: a setting is out of its range.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p)
     lengths = min_completion_length, max_completion_length
-    _check(group_size, lengths, engine)
+    _check(group_size, lengths, engine, rollout_prompts)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     ends = end_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    at_once = rollout_prompts or len(prompts)
+    parts: list[tuple[Tensor, Tensor | None]] = []
     with evaluating(model):
-        if engine == "hf":
-            ids_NC = hf_sample(model, prompts, group_size, sampling, lengths, ends, pad, (seed, step))
-            logp_NC = None
-        else:
-            keys_N = row_keys(prompts.samples, group_size, seed=seed, step=step, device=prompts.input_ids.device)
-            decoder = GroupDecoder(model, prompts, group_size)
-            ids_NC, logp_NC = decoder.decode(sampling, keys_N, lengths, ends, pad)
-    return _as_rollouts(prompts, ids_NC, logp_NC, ends, pad, tokenizer)
+        prompts = prepared(model, prompts)
+        shared = engine == "native" and shares_keys(model)
+        for chunk in [prompts] if shared else prompts.chunks(at_once):
+            if engine == "hf":
+                ids_NC = hf_sample(model, chunk, group_size, sampling, lengths, ends, pad, (seed, step))
+                parts.append((ids_NC, None))
+                continue
+            device = chunk.input_ids.device
+            keys_N = row_keys(chunk.samples, group_size, seed=seed, step=step, device=device)
+            forbidden = torch.tensor(vision_token_ids(base_model(model).config), dtype=torch.long, device=device)
+            decoder: Decoder = CacheDecoder(model, chunk, group_size)
+            if shared:
+                capture = cuda_graphs and device.type == "cuda"
+                decoder = SharedDecoder(model, chunk, group_size, at_once=at_once, capture=capture)
+            parts.append(grow(decoder, keys_N, sampling, lengths, ends, pad, forbidden))
+    ids_NC = torch.cat([_widened(ids, max_completion_length, pad) for ids, _ in parts])
+    logprobs = [_widened(logp, max_completion_length, 0.0) for _, logp in parts if logp is not None]
+    return _as_rollouts(prompts, ids_NC, torch.cat(logprobs) if logprobs else None, ends, pad, tokenizer)
 
 
-class GroupDecoder:
-    """The growing rows of B groups: prefilled once per prompt, extended by one token at a time.
+def _widened(rows_NC: Tensor, width: int, value: float) -> Tensor:
+    return nn.functional.pad(rows_NC, (0, width - rows_NC.shape[1]), value=value)
 
-    A family without an exact shared-prefix layout (its cache cannot be repeated or cut by rows) is prefilled once per
-    completion, and its finished rows run on.
+
+def grow(
+    decoder: Decoder,
+    keys_N: Tensor,
+    sampling: Sampling,
+    lengths: tuple[int, int],
+    ends: list[int],
+    pad: int,
+    forbidden: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Sample until every row of the decoder is finished.
 
     Args:
-        model: the policy in eval mode.
-        prompts: B prompts, left-padded.
-        group_size: G.
+        decoder: holds the prompts.
+        keys_N: the rows' noise keys.
+        sampling: how tokens are drawn.
+        lengths: fewest and most tokens of a completion.
+        ends: tokens that end one.
+        pad: fills rows after their end.
+        forbidden: ids of tokens that are never drawn.
+
+    Returns:
+        token ids [N, C] and their log-probs [N, C], 0 after the end.
     """
-
-    def __init__(self, model: nn.Module, prompts: PromptBatch, group_size: int) -> None:
-        from transformers import DynamicCache
-
-        config = base_model(model).config
-        family = family_of(config)
-        self.model, self.device = model, prompts.input_ids.device
-        self.shares = family is not None and len(family.layouts) > 0
-        self.forbidden = torch.tensor(vision_token_ids(config), dtype=torch.long, device=self.device)
-        self.cache = DynamicCache(config=config)
-        repeats = group_size if self.shares else 1
-        rows = prompts if self.shares else repeat_prompts(prompts, group_size)
-        positions, self.next_position = prompt_positions(model, rows)
-        output = model(
-            input_ids=rows.input_ids,
-            attention_mask=rows.attention_mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **rows.vision,
-        )
-        self.logits = output.logits[:, -1].repeat_interleave(repeats, 0)
-        self.mask = rows.attention_mask.repeat_interleave(repeats, 0)
-        self.next_position = self.next_position.repeat_interleave(repeats, 0)
-        if repeats > 1:
-            self.cache.batch_repeat_interleave(repeats)
-
-    def decode(
-        self, sampling: Sampling, keys_N: Tensor, lengths: tuple[int, int], ends: list[int], pad: int
-    ) -> tuple[Tensor, Tensor]:
-        """Token ids [N, C] filled up with `pad` after the end, and their log-probs [N, C], 0 there."""
-        rows, (shortest, length) = len(keys_N), lengths
-        ids_NC = torch.full((rows, length), pad, dtype=torch.long, device=self.device)
-        logp_NC = torch.zeros(rows, length, device=self.device)
-        stops = torch.tensor(ends, device=self.device)
-        before_stops = torch.cat([self.forbidden, stops])
-        growing_n = torch.arange(rows, device=self.device)
-        finished_n = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        for position in range(length):
-            forbidden = before_stops if position + 1 < shortest else self.forbidden
-            tokens_n, logp_n = next_tokens(self.logits, sampling, keys_N[growing_n], position, forbidden)
-            tokens_n = tokens_n.masked_fill(finished_n, pad)  # rows that only run on
-            ids_NC[growing_n, position] = tokens_n
-            logp_NC[growing_n, position] = logp_n.masked_fill(finished_n, 0.0)
-            finished_n = finished_n | torch.isin(tokens_n, stops)
-            if position == length - 1 or finished_n.all():
+    shortest, longest = lengths
+    device = keys_N.device
+    # The last column is where rows write that are finished but still run.
+    ids_NC = torch.full((len(keys_N), longest + 1), pad, dtype=torch.long, device=device)
+    logp_NC = torch.zeros(ids_NC.shape, device=device)
+    stops = torch.tensor(ends, device=device)
+    rows = decoder.admit()
+    position, finished = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
+    step, check_every = 0, CHECK_EVERY.get(device.type, 1)
+    while True:
+        held = (stops, position + 1 < shortest) if shortest > 1 else None
+        tokens, logp = next_tokens(decoder.logits, sampling, keys_N[rows], position, forbidden, held)
+        tokens = tokens.masked_fill(finished, pad)
+        column = position.masked_fill(finished, longest)
+        ids_NC[rows, column], logp_NC[rows, column] = tokens, logp
+        position = position + 1
+        finished = finished | torch.isin(tokens, stops) | (position == longest)
+        step += 1
+        if step % check_every == 0:
+            running = [i for i, done in enumerate(finished.tolist()) if not done]
+            if not running and not decoder.waiting:
                 break
-            if self.shares and finished_n.any():
-                keep = (~finished_n).nonzero()[:, 0]
-                growing_n, tokens_n, finished_n = growing_n[keep], tokens_n[keep], finished_n[keep]
-                self.keep(keep)
-            self.extend(tokens_n)
-        return ids_NC[:, : position + 1], logp_NC[:, : position + 1]
+            if decoder.drops and _worth_dropping(len(running), len(rows)):
+                kept = torch.tensor(running, dtype=torch.long, device=device)
+                rows, tokens, position, finished = rows[kept], tokens[kept], position[kept], finished[kept]
+                decoder.keep(running)
+        if len(rows):
+            decoder.extend(tokens)
+        if decoder.waiting:
+            new = decoder.admit()
+            rows, position = torch.cat([rows, new]), torch.cat([position, torch.zeros_like(new)])
+            finished = torch.cat([finished, torch.zeros_like(new, dtype=torch.bool)])
+    return ids_NC[:, :longest], logp_NC[:, :longest]
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
-        self.cache.batch_select_indices(rows)
-        self.mask, self.next_position = self.mask[rows], self.next_position[rows]
 
-    def extend(self, tokens_n: Tensor) -> None:
-        """One decode step: the logits after these tokens."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        self.logits = self.model(
-            input_ids=tokens_n[:, None],
-            attention_mask=self.mask,
-            position_ids=text_positions(self.model, self.next_position[:, None]),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        self.next_position = self.next_position + 1
+def _worth_dropping(running: int, rows: int) -> bool:
+    """Moving the keys of those that stay costs about as much as some steps of those that need not."""
+    return rows - running >= max(1, rows // 8)
 
 
 def completion_mask(ids_NC: Tensor, ends: list[int]) -> tuple[Tensor, Tensor]:
@@ -189,6 +185,9 @@ def _as_rollouts(
     prompts: PromptBatch, ids_NC: Tensor, logp_NC: Tensor | None, ends: list[int], pad: int, tokenizer: Any
 ) -> Rollouts:
     mask_NC, truncated_N = completion_mask(ids_NC, ends)
+    width = int(mask_NC.sum(1).max())
+    ids_NC, mask_NC = ids_NC[:, :width], mask_NC[:, :width]
+    logp_NC = None if logp_NC is None else logp_NC[:, :width]
     ids_NC = ids_NC.masked_fill(~mask_NC, pad)
     texts = tokenizer.batch_decode(ids_NC, skip_special_tokens=True)
     size = len(texts) // len(prompts)
@@ -203,12 +202,13 @@ def _as_rollouts(
     )
 
 
-def _check(group_size: int, lengths: tuple[int, int], engine: str) -> None:
+def _check(group_size: int, lengths: tuple[int, int], engine: str, rollout_prompts: int | None) -> None:
     shortest, longest = lengths
     rules = {
         f"group_size >= 1, found {group_size}": group_size >= 1,
         f"max_completion_length >= 1, found {longest}": longest >= 1,
         f"0 <= min_completion_length <= max_completion_length ({longest}), found {shortest}": 0 <= shortest <= longest,
+        f"rollout_prompts >= 1 or None, found {rollout_prompts}": rollout_prompts is None or rollout_prompts >= 1,
         f"engine to be one of {', '.join(ENGINES)}, found {engine!r}": engine in ENGINES,
     }
     for rule, holds in rules.items():

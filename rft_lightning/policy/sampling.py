@@ -54,7 +54,12 @@ class Sampling:
 
 
 def next_tokens(
-    logits_NV: Tensor, sampling: Sampling, keys_N: Tensor, position: int, forbidden: Tensor
+    logits_NV: Tensor,
+    sampling: Sampling,
+    keys_N: Tensor,
+    position: int | Tensor,
+    forbidden: Tensor,
+    held: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row.
 
@@ -62,8 +67,9 @@ def next_tokens(
         logits_NV: what the model says; not changed.
         sampling: how to draw.
         keys_N: the rows' noise keys (policy/noise.py).
-        position: index of the token in its completion.
+        position: index of the token in its completion; one for all rows, or [N].
         forbidden: ids of tokens that are never drawn.
+        held: ids of tokens, and [N] True on rows that must not draw them.
 
     Returns:
         tokens [N] int64, and their log-probs [N] float32 under the model at this temperature (1 when greedy), before
@@ -74,11 +80,14 @@ def next_tokens(
         scaled_NV = scaled_NV / sampling.temperature
     normalizer_N = scaled_NV.logsumexp(1)
     allowed_NV = scaled_NV.index_fill(1, forbidden, -torch.inf)
+    if held is not None:
+        ids, rows_N = held
+        allowed_NV[:, ids] = allowed_NV[:, ids].masked_fill(rows_N[:, None], -torch.inf)
     tokens_N = allowed_NV.argmax(1) if sampling.greedy else _draw(allowed_NV, sampling, keys_N, position)
     return tokens_N, scaled_NV.gather(1, tokens_N[:, None])[:, 0] - normalizer_N
 
 
-def _draw(logits_NV: Tensor, sampling: Sampling, keys_N: Tensor, position: int) -> Tensor:
+def _draw(logits_NV: Tensor, sampling: Sampling, keys_N: Tensor, position: int | Tensor) -> Tensor:
     """Gumbel-max over what the truncations leave; after top-k only K tokens need noise."""
     rows, vocabulary = logits_NV.shape
     if 0 < sampling.top_k < vocabulary:
@@ -96,7 +105,8 @@ def _draw(logits_NV: Tensor, sampling: Sampling, keys_N: Tensor, position: int) 
     for first in range(0, rows, at_once):
         part = slice(first, first + at_once)
         tokens = tokens_NK if len(tokens_NK) == 1 else tokens_NK[part]
-        picks.append((values_NK[part] + gumbel(keys_N[part], position, tokens)).argmax(1))
+        at = position if isinstance(position, int) else position[part]
+        picks.append((values_NK[part] + gumbel(keys_N[part], at, tokens)).argmax(1))
     picked_N1 = torch.cat(picks)[:, None]
     return tokens_NK.expand(rows, -1).gather(1, picked_N1)[:, 0]
 

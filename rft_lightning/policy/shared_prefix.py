@@ -1,9 +1,11 @@
 """Log-probs of groups with the prompt and its image computed once per group, in two exact layouts.
 
+- ``packed``: one row [prompt | c1 | ... | cG] without padding between; each completion sees the prompt and itself, and
+  its positions continue the prompt's. Where :func:`shares_keys` holds, all prompts of the batch stand in one row, and
+  attention is computed part by part (policy/group_attention.py), at a cost that grows with P + G*C. Elsewhere there is
+  a row per prompt and a dense mask, whose cost grows with the square of the row.
 - ``prefix_cache``: the prompts run once with gradients on; their keys and values are repeated to G rows, and the
   completions run against them. No mask of ours, so any attention kernel serves. Gradient checkpointing forbids caches.
-- ``packed``: one row [prompt | c1 | ... | cG] per prompt without padding between; each completion sees the prompt and
-  itself, and its positions continue the prompt's. Needs a dense mask, whose cost grows with the square of the row.
 
 Both equal the plain route (policy/plain.py), forward and gradients. Families, attention kernels or settings for which
 a layout would be silently wrong are kept away from it by :func:`choose_layout` and, once per run, by
@@ -29,10 +31,13 @@ from rft_lightning.policy.families import (
     prompt_positions,
     text_positions,
 )
+from rft_lightning.policy.group_attention import KERNEL, PackedGroups, as_mask, install
+from rft_lightning.policy.group_row import GroupRow
 from rft_lightning.policy.loading import checkpointing_active
 from rft_lightning.policy.logprobs import scoring_head
-from rft_lightning.policy.packing import PackedRows, packed_masks
+from rft_lightning.policy.packing import PackedRows, has_windows, packed_masks
 from rft_lightning.policy.plain import plain_group_logprobs
+from rft_lightning.policy.prompt_inputs import model_inputs
 from rft_lightning.sample import TOKEN_TENSORS, PromptBatch
 
 PLAIN = "plain"
@@ -81,10 +86,12 @@ def group_logprobs_and_entropies(
     forward: str = "auto",
     with_entropy: bool = True,
     entropy_gradient: bool = False,
+    row: GroupRow | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`group_logprobs`, with the entropies [B, G, C] in nats (0 on padding) or None.
 
-    Entropies have no gradient unless `entropy_gradient` asks for it (an entropy bonus needs it).
+    Entropies have no gradient unless `entropy_gradient` asks for it (an entropy bonus needs it). `row` is what
+    :func:`group_row` gives for these prompts and completions; several passes over them can share it.
     """
     layout = choose_layout(model, forward)
     mask = completion_mask.bool()
@@ -94,8 +101,15 @@ def group_logprobs_and_entropies(
     if layout == PLAIN:
         logp, entropy = plain_group_logprobs(model, prompt, completion_ids, mask, temperature=temperature, **entropies)
         return logp.masked_fill(~mask, 0), None if entropy is None else entropy.masked_fill(~mask, 0)
-    run = _prefix_cache if layout == PREFIX_CACHE else _packed
-    both = run(model, prompt, completion_ids, mask, {"temperature": temperature, **entropies})
+    settings = {"temperature": temperature, **entropies}
+    if layout == PREFIX_CACHE:
+        both = _prefix_cache(model, prompt, completion_ids, mask, settings)
+    elif shares_keys(model):
+        if row is None:
+            row = group_row(prompt, mask.sum(-1).tolist(), mask.shape[-1])
+        both = _packed_row(model, prompt, completion_ids, row, settings)
+    else:
+        both = _packed(model, prompt, completion_ids, mask, settings)
     if not with_entropy:
         return both[..., 0], None
     return both[..., 0], both[..., 1] if entropy_gradient else both[..., 1].detach()
@@ -104,8 +118,8 @@ def group_logprobs_and_entropies(
 def choose_layout(model: Any, forward: str = "auto") -> str:
     """The layout that `forward` means for this model as it is set up now.
 
-    ``auto`` is the family's preferred layout among those possible: packed under gradient checkpointing, which forbids a
-    cache, else the prefix cache; plain where the family has no exact one.
+    ``auto`` is the cheapest of those possible: packed where :func:`shares_keys` holds, else the prefix cache, else
+    packed with a dense mask (gradient checkpointing forbids a cache); plain where the family has no exact one.
 
     Raises:
         ConfigConflictError: a layout was asked for that is not exact here.
@@ -116,7 +130,8 @@ def choose_layout(model: Any, forward: str = "auto") -> str:
     family = family_of(config)
     possible = {layout: obstacle(model, layout) for layout in (family.layouts if family is not None else ())}
     if forward == "auto":
-        return next((layout for layout, reason in possible.items() if reason is None), PLAIN)
+        by_cost = (PACKED, PREFIX_CACHE) if shares_keys(model) else (PREFIX_CACHE, PACKED)
+        return next((layout for layout in by_cost if possible.get(layout, "unknown") is None), PLAIN)
     if forward == PLAIN:
         return PLAIN
     if forward not in possible:
@@ -142,6 +157,50 @@ def obstacle(model: Any, layout: str) -> str | None:
     return None
 
 
+def shares_keys(model: Any) -> bool:
+    """Whether attention of this model as it is set up can be computed part by part, each prompt's keys stored once.
+
+    It must see all tokens before a token and none after it, without dropout, by the kernel that honours our masks.
+    """
+    base = base_model(model)
+    family, text = family_of(base.config), base.config.get_text_config()
+    return (
+        family is not None
+        and PACKED in family.layouts
+        and not family.images_both_ways
+        and not has_windows(text)
+        and text._attn_implementation == KERNEL
+        and not (model.training and getattr(text, "attention_dropout", 0.0))
+        and base.device.type in ("cpu", "cuda")
+    )
+
+
+def group_row(prompt: PromptBatch, lengths: list[list[int]], width: int) -> GroupRow:
+    """Where the tokens of B prompts and of their completions, [B][G] lengths in `width` columns, go in one row."""
+    return GroupRow(prompt.lengths, lengths, prompt.input_ids.shape[1], width, prompt.input_ids.device)
+
+
+def _packed_row(model: Any, prompt: PromptBatch, ids_BGC: Tensor, row: GroupRow, settings: dict) -> Tensor:
+    """[B, G, C, 2] log-probs and entropies; all groups in one row, attention part by part."""
+    install()
+    positions, next_B = prompt_positions(model, prompt)
+    steps_BGC = next_B[:, None, None] + torch.arange(ids_BGC.shape[2], device=ids_BGC.device).expand_as(ids_BGC)
+    rope = torch.cat([positions, text_positions(model, steps_BGC.flatten(1))], -1)
+    vision = model_inputs(prompt)
+    for name in vision.keys() & TOKEN_TENSORS:
+        vision[name] = row.pack(torch.cat([vision[name], torch.zeros_like(ids_BGC).flatten(1)], 1))
+    asked_M1 = ids_BGC.flatten()[row.written][:, None]
+    with scoring_head(model, lambda hidden_1TD: hidden_1TD[0].index_select(0, row.predicting), asked_M1, **settings):
+        both_M2 = model(
+            input_ids=row.pack(torch.cat([prompt.input_ids, ids_BGC.flatten(1)], 1)),
+            attention_mask=as_mask(PackedGroups(row), ids_BGC.device),
+            position_ids=row.pack(rope),
+            use_cache=False,
+            **vision,
+        ).logits
+    return both_M2.new_zeros(ids_BGC.numel(), 2).index_copy(0, row.written, both_M2).view(*ids_BGC.shape, 2)
+
+
 def _prefix_cache(model: Any, prompt: PromptBatch, ids_BGC: Tensor, mask_BGC: Tensor, settings: dict) -> Tensor:
     """[B, G, C, 2] log-probs and entropies."""
     from transformers import DynamicCache
@@ -157,7 +216,7 @@ def _prefix_cache(model: Any, prompt: PromptBatch, ids_BGC: Tensor, mask_BGC: Te
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
-            **prompt.vision,
+            **model_inputs(prompt),
         ).logits
     first_BG2 = torch.stack([first[:, :-1], first[:, -1:].expand(-1, group_size)], -1)
     if group_size > 1:
@@ -188,7 +247,7 @@ def _packed(model: Any, prompt: PromptBatch, ids_BGC: Tensor, mask_BGC: Tensor, 
     steps_BGC = next_B[:, None, None] + torch.arange(ids_BGC.shape[2], device=ids_BGC.device).expand_as(ids_BGC)
     rope = torch.cat([positions, text_positions(model, steps_BGC.flatten(1))], -1)
     rope = row.pack(rope)
-    vision, types = dict(prompt.vision), None
+    vision, types = model_inputs(prompt), None
     for name in vision.keys() & TOKEN_TENSORS:
         types = row.pack(torch.cat([vision[name], torch.zeros_like(ids_BGC).flatten(1)], 1))
         vision[name] = types

@@ -1,0 +1,75 @@
+"""What every pass over a prompt needs and what is the same in all of them: worked out once per rollout batch.
+
+Rope positions depend on the prompt alone. So do the features of its images where nothing that makes them is trained:
+then rollout, reference model and policy share one pass of the vision tower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rft_lightning.policy.families import base_model, family_of, part_parameters, prompt_positions
+from rft_lightning.sample import TOKEN_TENSORS, Features, PromptBatch
+
+
+def prepared(model: Any, prompts: PromptBatch) -> PromptBatch:
+    """The same prompts with their rope positions, and with the features of their images if those never change.
+
+    Args:
+        model: the policy in eval mode.
+        prompts: B prompts.
+    """
+    if prompts.positions is None:
+        prompts = replace(prompts, positions=prompt_positions(model, prompts)[0])
+    if prompts.features is None and has_fixed_features(model):
+        prompts = replace(prompts, features=image_features(model, prompts))
+    return prompts
+
+
+def has_fixed_features(model: Any) -> bool:
+    """Whether neither the vision tower nor the projector has anything that is trained, adapters included."""
+    if family_of(base_model(model).config) is None:
+        return False
+    parts = [part_parameters(model, part) for part in ("vision_tower", "projector")]
+    return all(len(part) for part in parts) and not any(p.requires_grad for part in parts for p in part.values())
+
+
+@torch.no_grad()
+def image_features(model: Any, prompts: PromptBatch) -> list[Features]:
+    """The features of each prompt's images, as the family gives them."""
+    inputs = {name: tensor for name, tensor in prompts.vision.items() if name not in TOKEN_TENSORS}
+    found = base_model(model).model.get_image_features(**inputs, return_dict=True)
+    pooled = found.pooler_output
+    # One entry per image, or one row per row of pixel_values (tiles).
+    counts = prompts.patch_counts if isinstance(pooled, Tensor) else prompts.image_counts
+    deep = getattr(found, "deepstack_features", None) or []
+    features, start = [], 0
+    for count in counts:
+        part = slice(start, start + count)
+        features.append(Features(pooled[part], [layer[part] for layer in deep]))
+        start += count
+    return features
+
+
+def model_inputs(prompts: PromptBatch) -> dict[str, Any]:
+    """What a forward takes beside token ids, mask and positions: pictures, or the features made of them."""
+    if prompts.features is None:
+        return dict(prompts.vision)
+    inputs: dict[str, Any] = {name: tensor for name, tensor in prompts.vision.items() if name != "pixel_values"}
+    pooled: Any = [features.pooled for features in prompts.features]
+    output = SimpleNamespace(
+        pooler_output=torch.cat(pooled) if isinstance(pooled[0], Tensor) else _joined(pooled),
+        deepstack_features=[
+            _joined(level) for level in zip(*(features.deep for features in prompts.features), strict=True)
+        ],
+    )
+    return {**inputs, "mm_encoder_outputs": {"image": output}}
+
+
+def _joined(parts: Any) -> tuple[Tensor, ...]:
+    return tuple(image for part in parts for image in part)
