@@ -105,6 +105,7 @@ def test_peak_counts_what_is_gone_again(load_beside):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_logprobs(load_beside, tmp_path, capsys):
     load_beside("logprobs").main(["--rounds", "1", "--output", f"{tmp_path}/o"])
     results = json.loads((tmp_path / "o").read_text())

@@ -25,6 +25,7 @@ from rft_lightning.policy.families import (
 )
 from rft_lightning.policy.group_attention import as_mask, install, merged, part, same_dtype
 from rft_lightning.policy.group_cache import GroupCache, captured
+from rft_lightning.policy.lean_step import lean_step
 from rft_lightning.policy.prompt_inputs import model_inputs
 from rft_lightning.sample import PromptBatch
 
@@ -87,6 +88,7 @@ class SharedDecoder:
         self.lengths: list[int] = []
         self.room = FIRST_ROOM
         self._replay: Callable[[], Tensor] | None = None
+        self.lean = lean_step(model, self.most_rows)
 
     # Rows come and go
 
@@ -201,6 +203,8 @@ class SharedDecoder:
             seen = torch.arange(width, device=self.device) <= self.length[:, None]
             bias = torch.zeros(seen.shape, device=self.device).masked_fill_(~seen, -torch.inf)
             self._own_bias = bias[:, None, None]
+        if self.lean is not None:
+            return self.lean(tokens_n, self.position, self._attend)
         output = self.model(
             input_ids=tokens_n[:, None],
             attention_mask=as_mask(self, self.device),
@@ -212,16 +216,19 @@ class SharedDecoder:
         return logits
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See :class:`rft_lightning.policy.group_attention.GroupAttention`; query [n, H, 1, D]."""
+        """See :class:`rft_lightning.policy.group_attention.GroupAttention`; of one token per row."""
+        return self._attend(layer, query[:, :, 0], key[:, :, 0], value[:, :, 0], scale)[:, None]
+
+    def _attend(self, layer: int, q_nHD: Tensor, k_nhD: Tensor, v_nhD: Tensor, scale: float) -> Tensor:
+        """[n, H, D]; stores the keys and values."""
         stored = self.layers[layer]
-        query, key, value = same_dtype(query, key, value)
-        stored.write(key[:, :, 0], value[:, :, 0], self._column, self.length)
+        q_nHD, k_nhD, v_nhD = same_dtype(q_nHD, k_nhD, v_nhD)
+        stored.write(k_nhD, v_nhD, self._column, self.length)
         # [n, r, h, D]: the heads that share a key head become its queries.
-        heads = key.shape[1]
-        q_nrhD = query[:, :, 0].unflatten(1, (heads, -1)).transpose(1, 2)
+        q_nrhD = q_nHD.unflatten(1, (k_nhD.shape[1], -1)).transpose(1, 2)
         own = part(q_nrhD, *stored.own(self._own_width), scale, bias=self._own_bias)
         out_nrhD, _ = merged(self._to_prompts(stored, q_nrhD, scale), own)
-        return out_nrhD.transpose(1, 2).reshape(len(query), 1, -1, query.shape[-1])
+        return out_nrhD.transpose(1, 2).reshape(q_nHD.shape)
 
     def _to_prompts(self, stored: GroupCache, q_nrhD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Attention to the prompts, the rows of a group together: [n, r, h, D] and log-sum-exps [n, r, h]."""
