@@ -120,7 +120,9 @@ def test_where_tokens_go(shape):
     assert row.written.tolist() == written
     assert row.size == len(who)
     numbers = torch.arange(row.size)
-    for block, real in zip(row.blocks(numbers + 1, zero_padding=True), (prompts, sum(completions, [])), strict=True):
+    for block, real in zip(
+        row.blocks(numbers + 1, zero_padding=True), (prompts, [n for group in completions for n in group]), strict=True
+    ):
         assert (block > 0).sum(1).tolist() == list(real)
     rectangle = torch.arange(len(prompts) * columns).view(len(prompts), columns)
     assert row.pack(rectangle).tolist() == [expected]

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from rft_lightning.policy.families import (
@@ -29,6 +31,8 @@ from rft_lightning.policy.lean_step import lean_step
 from rft_lightning.policy.prompt_inputs import model_inputs
 from rft_lightning.sample import PromptBatch
 
+# Models whose lean step was found to give their own logits.
+_TRUSTED: WeakSet[nn.Module] = WeakSet()
 # Room for completion tokens at first; doubled when it is used up.
 FIRST_ROOM = 64
 
@@ -181,6 +185,8 @@ class SharedDecoder:
         if longest >= self.room:
             self._make_room()
         even = min(self.born) == max(self.born)
+        if self.lean is not None and base_model(self.model) not in _TRUSTED:
+            self._check_lean_step(tokens_n, longest + 1, longest if even else None)
         if self.capture:
             self._tokens.copy_(tokens_n)
             self.logits = self._captured()
@@ -189,6 +195,24 @@ class SharedDecoder:
         self.position.add_(1)
         self.length.add_(1)
         self.steps += 1
+
+    def _check_lean_step(self, tokens_n: Tensor, width: int, column: int | None) -> None:
+        """Once per model: the lean step's logits beside those of the model's own forward."""
+        lean, self.lean = self.lean, None
+        expected = self._forward(tokens_n, width, column).float().log_softmax(1)
+        self.lean = lean
+        found = self._forward(tokens_n, width, column).float().log_softmax(1)
+        base = base_model(self.model)
+        error = float((found - expected).abs().mean())
+        exact = base.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type)
+        if error <= (1e-3 if exact and torch.get_float32_matmul_precision() == "highest" else 0.1):
+            _TRUSTED.add(base)
+            return
+        rank_zero_warn(
+            f"The lean decode step gives other log-probs than {type(base).__name__} itself (by {error:.2g} nats on "
+            "average), so rollouts use the model's own forward, which is slower."
+        )
+        self.lean = None
 
     def _make_room(self) -> None:
         self.room *= 2

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from rft_lightning.policy.families import base_model
 
@@ -39,10 +41,10 @@ def lean_step(model: Any, rows: int) -> LeanStep | None:
     decoder = base.model.language_model
     rope = getattr(decoder, "rotary_emb", None)
     layers = list(getattr(decoder, "layers", ()))
-    if not layers or getattr(rope, "rope_type", "default") not in STATIC_ROPE or not all(map(_is_known, layers)):
+    if not layers or not all(map(_is_known, layers)) or getattr(rope, "rope_type", None) not in STATIC_ROPE:
         return None
     watched = [decoder, decoder.norm, rope, *(module for layer in layers for module in layer.modules())]
-    if any(module._forward_hooks or module._forward_pre_hooks for module in watched):
+    if any(map(_has_listeners, watched)) or any(isinstance(p, DTensor) for p in decoder.parameters()):
         return None
     return LeanStep(base, layers, rows)
 
@@ -62,13 +64,20 @@ def _is_known(layer: Any) -> bool:
     )
 
 
+def _has_listeners(module: nn.Module) -> bool:
+    """Whether somebody waits for calls of the module; FSDP2 does with one hook of each kind, to gather weights."""
+    own = int(isinstance(module, FSDPModule))
+    return len(module._forward_hooks) > own or len(module._forward_pre_hooks) > own
+
+
 class LeanStep:
     """Logits of the next token of each row. See :func:`lean_step`."""
 
     def __init__(self, base: Any, layers: Sequence[Any], rows: int) -> None:
         decoder = base.model.language_model
         weights = sum(p.nbytes for p in decoder.parameters())
-        self.pack = rows if torch.backends.mkldnn.is_available() and weights <= MOST_PACKED else 0
+        packs = torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu") and weights <= MOST_PACKED
+        self.pack = rows if packs else 0
         self.embed, self.norm = decoder.embed_tokens, decoder.norm
         self.head = fused([base.get_output_embeddings()], self.pack)
         self.inv_freq, self.rope_scale = decoder.rotary_emb.inv_freq, decoder.rotary_emb.attention_scaling
@@ -119,7 +128,7 @@ class _Block:
 
 
 def _rms_norm(x: Tensor, norm: Any) -> Tensor:
-    return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    return nn.functional.rms_norm(x, x.shape[-1:], norm.weight.to(x.dtype), norm.variance_epsilon)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

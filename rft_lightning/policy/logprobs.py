@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rft_lightning.policy.families import base_model
@@ -70,6 +70,8 @@ def scoring_head(
     def score(hidden_BTD: Tensor) -> Tensor:
         hidden_MD = positions(hidden_BTD)
         size = max(1, CHUNK_LOGITS // head.weight.shape[0])
+        if type(head) is nn.Linear and own is None and not entropy_gradient:
+            return _FusedHead.apply(hidden_MD, head.weight, head.bias, ids_MK, temperature, with_entropy, size)
         pieces = [
             checkpoint(
                 score_chunk, project, hidden_MD[i : i + size], ids_MK[i : i + size], temperature, with_entropy,
@@ -86,6 +88,83 @@ def scoring_head(
         del head.forward
         if own is not None:  # a hook of another library
             head.forward = own
+
+
+class _FusedHead(torch.autograd.Function):
+    """Output head, log-softmax and gather as one: a chunk of logits lives at a time, in forward and in backward.
+
+    Both gradients are made from the same logits, and the weight's is added up in place, which autograd over chunks
+    would do neither of. [M, K + 1] log-probs and, last, entropies (without a gradient).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_MD: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids_MK: Tensor,
+        temperature: float,
+        with_entropy: bool,
+        size: int,
+    ) -> Tensor:
+        dtype = _compute_dtype(hidden_MD)
+        hidden_MD = hidden_MD.to(dtype)
+        scores_MK1 = torch.zeros(len(hidden_MD), ids_MK.shape[1] + 1, device=hidden_MD.device)
+        normalizers_M1 = torch.empty(len(hidden_MD), 1, device=hidden_MD.device)
+        cast, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        for start in range(0, len(hidden_MD), size):
+            part = slice(start, start + size)
+            logits_MV = _logits(hidden_MD[part], cast, cast_bias, temperature)
+            normalizer_M1 = logits_MV.logsumexp(1, keepdim=True)
+            normalizers_M1[part] = normalizer_M1
+            scores_MK1[part, :-1] = logits_MV.gather(1, ids_MK[part]) - normalizer_M1
+            if with_entropy:
+                logp_MV = logits_MV.sub_(normalizer_M1)
+                scores_MK1[part, -1] = -logp_MV.exp().mul_(logp_MV).sum(1)
+        ctx.save_for_backward(hidden_MD, weight, bias, ids_MK, normalizers_M1)
+        ctx.temperature, ctx.size = temperature, size
+        return scores_MK1
+
+    @staticmethod
+    def backward(ctx: Any, grad_MK1: Tensor) -> Any:
+        hidden_MD, weight, bias, ids_MK, normalizers_M1 = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dtype = hidden_MD.dtype
+        cast, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        grad_hidden = torch.empty_like(hidden_MD) if needs_hidden else None
+        grad_weight = torch.zeros_like(cast) if needs_weight else None
+        grad_bias = torch.zeros(len(weight), device=weight.device) if needs_bias else None
+        for start in range(0, len(hidden_MD), ctx.size):
+            part = slice(start, start + ctx.size)
+            grad_MK = grad_MK1[part, :-1] / ctx.temperature
+            logits_MV = _logits(hidden_MD[part], cast, cast_bias, ctx.temperature)
+            # Of log-probs with respect to logits: 1 at the token, less the probabilities.
+            grad_MV = logits_MV.sub_(normalizers_M1[part]).exp_().mul_(-grad_MK.sum(1, keepdim=True))
+            grad_MV = grad_MV.scatter_add_(1, ids_MK[part], grad_MK).to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad_MV @ cast
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_MV.T, hidden_MD[part])
+            if grad_bias is not None:
+                grad_bias += grad_MV.sum(0, dtype=torch.float32)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            *[None] * 4,
+        )
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """That of a linear layer with this input."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _logits(hidden_MD: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits_MV = nn.functional.linear(hidden_MD, weight, bias).float()
+    return logits_MV.div_(temperature) if temperature != 1.0 else logits_MV
 
 
 def score_chunk(
