@@ -135,7 +135,10 @@ class SharedDecoder:
         self.layers = self.layers or [GroupCache() for _ in cache.layers]
         filled: Any
         for layer, filled in zip(self.layers, cache.layers, strict=True):
-            layer.add(filled.keys, filled.values, width, new, self.room)
+            keys, values = same_dtype(
+                filled.keys, filled.values
+            )  # under autocast a cache keeps what it was given first
+            layer.add(keys, values, width, new, self.room)
 
     def keep(self, rows: list[int]) -> None:
         """See :class:`Decoder`."""

@@ -213,9 +213,9 @@ def _expanded(bias: Tensor | None, q: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(q.dtype).expand(-1, q.shape[2], q.shape[1], -1)
 
 
-def same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast projections are in its dtype and what rotary angles touched may not be."""
-    dtype = value.dtype
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-    return query.to(dtype), key.to(dtype), value.to(dtype)
+def same_dtype(*tensors: Tensor) -> list[Tensor]:
+    """All in the dtype of the last, or of autocast: there projections are in it, what rotary angles touched is not."""
+    kind, dtype = tensors[-1].device.type, tensors[-1].dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    return [tensor.to(dtype) for tensor in tensors]

@@ -22,7 +22,6 @@ class GroupCache:
 
     def add(self, keys: Tensor, values: Tensor, width: int, rows: int, room: int) -> None:
         """Further prompts, moved to the right end of `width` columns, and rows with room for own keys."""
-        keys = keys.to(values.dtype)  # under autocast rotary angles leave them in the precision of the weights
         padding = (0, 0, width - keys.shape[2], 0)
         prompt = [nn.functional.pad(x, padding) for x in (keys, values)]
         own = [x.new_zeros(rows, x.shape[1], room, x.shape[3]) for x in (keys, values)]
