@@ -52,6 +52,7 @@ class PolicyModule(LightningModule):
             gradient checkpointing at hand, checked against ``plain`` at the start of fit.
         rollout_engine: ``native`` (prompts computed once per group, noise that does not depend on the batch) or ``hf``
             (the model's own ``generate``).
+        cuda_graphs: on CUDA, the native engine replays decode steps as graphs instead of launching kernel by kernel.
         mini_batch_prompts: prompts per optimiser step and process; the whole batch when None.
         micro_batch_prompts: prompts per forward and backward pass; bounds the memory. The mini-batch when None.
         sync_gradients: under `fsdp2`, when gradients are summed over the processes: ``micro_batch`` (each process keeps
@@ -77,6 +78,7 @@ class PolicyModule(LightningModule):
         gradient_checkpointing: bool = False,
         forward: str = "auto",
         rollout_engine: str = "native",
+        cuda_graphs: bool = True,
         mini_batch_prompts: int | None = None,
         micro_batch_prompts: int | None = None,
         sync_gradients: str = "micro_batch",
@@ -109,7 +111,7 @@ class PolicyModule(LightningModule):
         self.mini_batch_prompts, self.micro_batch_prompts = mini_batch_prompts, micro_batch_prompts
         # `layout` is what `forward` means for the policy, once the start of fit has chosen and checked it.
         self.forward_option, self.layout = forward, forward
-        self.rollout_engine = rollout_engine
+        self.rollout_engine, self.cuda_graphs = rollout_engine, cuda_graphs
         self.sync_gradients, self.max_grad_norm = sync_gradients, max_grad_norm
         self.max_completion_length, self.eval_temperature = max_completion_length, eval_temperature
         self.seed = run_seed(seed)
@@ -351,6 +353,7 @@ class PolicyModule(LightningModule):
         settings = {
             "max_completion_length": self.max_completion_length,
             "engine": self.rollout_engine,
+            "cuda_graphs": self.cuda_graphs,
             "seed": self.seed,
             **settings,
         }

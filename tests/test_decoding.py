@@ -151,3 +151,23 @@ def test_no_completion_is_shorter_than_the_least_length(family_folder, monkeypat
     held = roll_out(folder, rows, 6, min_completion_length=5, **settings).completion_mask.sum(-1)
     assert 5 <= int(held.min()) < 10
     assert int(roll_out(folder, rows, 6, min_completion_length=16, **settings).completion_mask.sum(-1).min()) == 16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", SHARED)
+def test_recorded_steps_write_what_launched_ones_do(family_folder, monkeypatch, family):
+    from rft_lightning.policy.loading import load_policy
+    from rft_lightning.policy.rollout import sample_groups
+
+    folder = family_folder(family)
+    _, encoder, rows = setting(folder)
+    model = load_policy(folder).cuda()
+    end_often(monkeypatch, model)
+    settings = {"temperature": 1.5, "max_completion_length": 100, "seed": 5, "rollout_prompts": 2}
+    found = [
+        sample_groups(
+            model, encoder(rows).to("cuda"), 4, tokenizer=encoder.processor.tokenizer, cuda_graphs=graphs, **settings
+        )
+        for graphs in (True, False)
+    ]
+    assert written(found[0]) == written(found[1])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rft_lightning.policy.group_attention import PackedGroups, as_mask, install, merged, part
+from rft_lightning.policy.group_attention import PackedGroups, as_mask, install, merged, part, part_backward
 from rft_lightning.policy.group_row import GroupRow
 
 SCALE = 0.3
@@ -150,3 +150,33 @@ def test_the_mask_passes_for_a_dense_one():
     mask = as_mask(PackedGroups(make_row([2], [[1]])), torch.device("cpu"))
     assert isinstance(mask, torch.Tensor)
     assert len(mask.shape) == 4
+
+
+def test_the_kernels_of_cuda_take_what_they_are_given():
+    """Shapes and arguments alone: fake tensors compute nothing, and need no GPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q, k = (torch.empty(2, length, 4, 64, device="cuda", dtype=torch.bfloat16) for length in (101, 43))
+        for keys, settings in ((k, {"bias": torch.empty(2, 1, 1, 43, device="cuda")}), (q, {"causal": True})):
+            out, lse = part(q, keys, keys, SCALE, **settings)
+            assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+            gradients = part_backward(out, q, keys, keys, out, lse, SCALE, **settings)
+            assert [x.shape for x in gradients] == [q.shape, keys.shape, keys.shape]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_on_cuda(shape, dtype):
+    prompts, completions = shape
+    longest = max(1, *(max(group) for group in completions))
+    row = GroupRow(prompts, completions, max(prompts), longest, "cuda")
+    q, k, v = (x.detach().cuda().requires_grad_() for x in tensors(row.size, 6, 2, dtype))
+    expected, found = dense(*(x.cpu() for x in (q, k, v)), *shape), attend(row, q, k, v)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(found.cpu().double(), expected, atol=tolerance, rtol=0)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+    gradients = torch.autograd.grad((found * weights.cuda()).sum(), (q, k, v))
+    for ours, theirs in zip(gradients, torch.autograd.grad((expected * weights).sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), atol=2 * tolerance, rtol=0.02)

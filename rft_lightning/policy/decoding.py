@@ -11,6 +11,7 @@ them, H heads, h key heads, r = H/h, D width of a head, P prompt tokens, c room 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -273,7 +274,15 @@ class SharedDecoder:
 
     def _captured(self) -> Tensor:
         if self._replay is None:
-            self._replay = captured(lambda: self._forward(self._tokens, self.room, None))
+            run = partial(self._forward, self._tokens, self.room, None)
+            try:
+                self._replay = captured(run)
+            except RuntimeError as error:
+                rank_zero_warn(
+                    f"The decode step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}), so its "
+                    "kernels are launched one by one, which is slower. Set cuda_graphs to false to leave it at that."
+                )
+                self.capture, self._replay = False, run
         return self._replay()
 
 

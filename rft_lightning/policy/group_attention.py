@@ -209,8 +209,12 @@ def part_backward(
 
 
 def _expanded(bias: Tensor | None, q: Tensor) -> Tensor | None:
-    """[rows, 1, 1, K] -> [rows, H, S, K] without copies."""
-    return None if bias is None else bias.to(q.dtype).expand(-1, q.shape[2], q.shape[1], -1)
+    """[rows, 1, 1, K] -> [rows, H, S, K] without copies, rows beginning at multiples of 8 as the kernel wants them."""
+    if bias is None:
+        return None
+    keys = bias.shape[-1]
+    aligned = torch.nn.functional.pad(bias.to(q.dtype), (0, -keys % 8))[..., :keys]
+    return aligned.expand(-1, q.shape[2], q.shape[1], -1)
 
 
 def same_dtype(*tensors: Tensor) -> list[Tensor]:

@@ -164,6 +164,7 @@ def shares_keys(model: Any) -> bool:
     """
     base = base_model(model)
     family, text = family_of(base.config), base.config.get_text_config()
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return (
         family is not None
         and PACKED in family.layouts
@@ -171,7 +172,8 @@ def shares_keys(model: Any) -> bool:
         and not has_windows(text)
         and text._attn_implementation == KERNEL
         and not (model.training and getattr(text, "attention_dropout", 0.0))
-        and base.device.type in ("cpu", "cuda")
+        # The kernels that tell the log-sum-exp; on CUDA it loads eight numbers at a time.
+        and (base.device.type == "cpu" or (base.device.type == "cuda" and head_width % 8 == 0))
     )
 
 
