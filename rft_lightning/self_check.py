@@ -14,10 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.policy.families import base_model
+from rft_lightning.policy.families import PACKED, base_model
 from rft_lightning.policy.loading import evaluating
 from rft_lightning.policy.plain import plain_group_logprobs
-from rft_lightning.policy.shared_prefix import PLAIN, choose_layout, group_logprobs
+from rft_lightning.policy.shared_prefix import (
+    PLAIN,
+    choose_layout,
+    group_logprobs,
+    never_share_keys,
+    possible_layouts,
+    shares_keys,
+)
 from rft_lightning.prompts import PromptEncoder
 from rft_lightning.sample import PromptBatch, Sample
 from rft_lightning.tasks import ClassificationTask
@@ -89,27 +96,40 @@ def settle_layout(
 ) -> str:
     """The layout that `forward` means for this model, after comparing it with the plain route.
 
-    Says what was chosen and why. ``auto`` falls back to plain, with a warning, where the comparison fails. See
-    :func:`layout_error` and :func:`tolerance` for the other arguments.
+    Says what was chosen and why. With ``auto``, a layout for which the comparison fails (or a kernel of which refuses)
+    is passed over with a warning. See :func:`layout_error` and :func:`tolerance` for the other arguments.
 
     Raises:
         ConfigConflictError: a layout was asked for that is not exact.
     """
-    layout = choose_layout(model, forward)
-    if layout == PLAIN:
-        if forward == "auto":
-            config = base_model(model).config
-            rank_zero_info(
-                f"forward: plain. No shared-prefix layout is known to be exact for {config.model_type} with "
-                f"{config._attn_implementation} attention, so prompts are computed once per completion."
-            )
+    asked = choose_layout(model, forward)
+    if forward == PLAIN:
         return PLAIN
-    error, rounding = layout_error(model, encoder, layout, device)
-    if error <= tolerance(model, rounding, mixed=mixed):
-        rank_zero_info(f"forward: {layout}; its log-probs differ from the plain route's by {error:.0e} on average.")
-        return layout
-    message = f"forward: {layout} gives other log-probs than the plain route (by {error:.2g} nats on average)"
-    if forward != "auto":
-        raise ConfigConflictError(f"{message}. Use model.forward: auto or plain.")
-    rank_zero_warn(f"{message}, so prompts are computed once per completion (forward: plain).")
+    for layout in possible_layouts(model) if forward == "auto" else [asked]:
+        failure = _failure(model, encoder, layout, device, mixed)
+        if failure is None:
+            return layout
+        if forward != "auto":
+            raise ConfigConflictError(f"forward: {failure}. Use model.forward: auto or plain.")
+        rank_zero_warn(f"forward: {failure}, so that layout is not used.")
+        if layout == PACKED and shares_keys(model):  # nor is its attention in rollouts; a dense mask may still do
+            never_share_keys(model)
+            return settle_layout(model, forward, encoder, device=device, mixed=mixed)
+    config = base_model(model).config
+    rank_zero_info(
+        f"forward: plain. No shared-prefix layout is known to be exact for {config.model_type} with "
+        f"{config._attn_implementation} attention, so prompts are computed once per completion."
+    )
     return PLAIN
+
+
+def _failure(model: Any, encoder: PromptEncoder, layout: str, device: torch.device | str, mixed: bool) -> str | None:
+    """What is wrong with a layout; None, and a message, if nothing is."""
+    try:
+        error, rounding = layout_error(model, encoder, layout, device)
+    except (RuntimeError, NotImplementedError) as refusal:
+        return f"{layout} cannot be computed on this machine ({str(refusal).splitlines()[0]})"
+    if error > tolerance(model, rounding, mixed=mixed):
+        return f"{layout} gives other log-probs than the plain route (by {error:.2g} nats on average)"
+    rank_zero_info(f"forward: {layout}; its log-probs differ from the plain route's by {error:.0e} on average.")
+    return None

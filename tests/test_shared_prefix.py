@@ -20,6 +20,7 @@ from rft_lightning.policy.shared_prefix import (
     choose_layout,
     group_logprobs,
     group_logprobs_and_entropies,
+    shares_keys,
 )
 from rft_lightning.prompts import PromptEncoder
 from rft_lightning.sample import Sample
@@ -372,8 +373,25 @@ def test_the_self_check_refuses_a_wrong_layout(monkeypatch, family_folder, plant
     family = FAMILIES[model.config.model_type]
     monkeypatch.setitem(FAMILIES, model.config.model_type, replace(family, layouts=("packed",)))
     with pytest.warns(UserWarning, match="packed gives other log-probs"):
-        assert settle_layout(model, "auto", encoder) == PLAIN
+        layout = settle_layout(model, "auto", encoder)
+    # Where attention part by part is what was wrong, a dense mask still is right.
+    assert layout == ("packed" if plant is planted_causal_row else PLAIN)
     assert model.training
+
+
+def test_auto_passes_over_a_layout_whose_kernel_refuses(monkeypatch, family_folder):
+    folder = family_folder("qwen2_vl")
+    model, encoder = load_policy(folder), PromptEncoder(folder)
+
+    def refuse(self, *arguments):
+        raise RuntimeError("no kernel for this device\nand a long trace")
+
+    monkeypatch.setattr("rft_lightning.policy.group_attention.PackedGroups.attend", refuse)
+    with pytest.warns(UserWarning, match=r"packed cannot be computed on this machine \(no kernel for this device\)"):
+        assert settle_layout(model, "auto", encoder) == "prefix_cache"
+    assert not shares_keys(model)  # nor in rollouts
+    with pytest.raises(ConfigConflictError, match="packed cannot be computed"):
+        settle_layout(load_policy(folder), "packed", encoder)
 
 
 def test_a_family_without_a_layout_says_so(family_folder, caplog):

@@ -18,6 +18,7 @@ packed row, M predicting positions, D width.
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from rft_lightning.policy.prompt_inputs import model_inputs
 from rft_lightning.sample import TOKEN_TENSORS, PromptBatch
 
 PLAIN = "plain"
+_UNFIT: WeakSet[nn.Module] = WeakSet()
 FORWARDS = ("auto", PREFIX_CACHE, PACKED, PLAIN)
 # Kernels that take a dense mask as it is given. Others would drop it without a word.
 DENSE_MASK_KERNELS = ("sdpa", "eager")
@@ -126,23 +128,30 @@ def choose_layout(model: Any, forward: str = "auto") -> str:
     """
     if forward not in FORWARDS:
         raise ConfigConflictError(f"Expected forward to be one of {', '.join(FORWARDS)}, found {forward!r}.")
-    config = base_model(model).config
-    family = family_of(config)
-    possible = {layout: obstacle(model, layout) for layout in (family.layouts if family is not None else ())}
     if forward == "auto":
-        by_cost = (PACKED, PREFIX_CACHE) if shares_keys(model) else (PREFIX_CACHE, PACKED)
-        return next((layout for layout in by_cost if possible.get(layout, "unknown") is None), PLAIN)
+        return next(iter(possible_layouts(model)), PLAIN)
     if forward == PLAIN:
         return PLAIN
-    if forward not in possible:
-        known = ", ".join(possible) or "none; it takes the plain route"
+    config = base_model(model).config
+    family = family_of(config)
+    known = family.layouts if family is not None else ()
+    if forward not in known:
         raise ConfigConflictError(
             f"forward is {forward!r}, which is not known to be exact for the family {config.model_type!r} (known: "
-            f"{known}). Use forward: auto or plain; docs/adding-a-model.md tells how a layout is admitted."
+            f"{', '.join(known) or 'none; it takes the plain route'}). Use forward: auto or plain; "
+            "docs/adding-a-model.md tells how a layout is admitted."
         )
-    if possible[forward] is not None:
-        raise ConfigConflictError(f"forward is {forward!r}, but {possible[forward]}. Use forward: auto.")
+    if (reason := obstacle(model, forward)) is not None:
+        raise ConfigConflictError(f"forward is {forward!r}, but {reason}. Use forward: auto.")
     return forward
+
+
+def possible_layouts(model: Any) -> list[str]:
+    """The shared-prefix layouts that can be used with this model as it is set up now, the cheapest first."""
+    family = family_of(base_model(model).config)
+    by_cost = (PACKED, PREFIX_CACHE) if shares_keys(model) else (PREFIX_CACHE, PACKED)
+    known = family.layouts if family is not None else ()
+    return [layout for layout in by_cost if layout in known and obstacle(model, layout) is None]
 
 
 def obstacle(model: Any, layout: str) -> str | None:
@@ -168,6 +177,7 @@ def shares_keys(model: Any) -> bool:
     return (
         family is not None
         and PACKED in family.layouts
+        and base not in _UNFIT
         and not family.images_both_ways
         and not has_windows(text)
         and text._attn_implementation == KERNEL
@@ -175,6 +185,11 @@ def shares_keys(model: Any) -> bool:
         # The kernels that tell the log-sum-exp; on CUDA it loads eight numbers at a time.
         and (base.device.type == "cpu" or (base.device.type == "cuda" and head_width % 8 == 0))
     )
+
+
+def never_share_keys(model: Any) -> None:
+    """From now on :func:`shares_keys` is False for this model: the comparison with the plain route failed."""
+    _UNFIT.add(base_model(model))
 
 
 def group_row(prompt: PromptBatch, lengths: list[list[int]], width: int) -> GroupRow:
