@@ -3,7 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -154,15 +154,39 @@ def test_entropies_have_a_gradient_where_it_is_asked_for(family_folder, layout):
     assert not group_logprobs_and_entropies(model, prompt, ids, mask, forward=layout)[1].requires_grad
 
 
-def test_eager_attention_gets_an_additive_mask(family_folder):
-    """A bool mask would be added as 0 and 1."""
-    folder = family_folder("qwen2_vl")
-    model, prompt = load_policy(folder, attn_implementation="eager"), encoded(folder)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", SHARING)
+def test_eager_attention_takes_a_dense_mask(family_folder, family, lora, checkpointing):
+    """An additive one: a bool mask would be added as 0 and 1."""
+    folder = family_folder(family)
+    options = {"lora": {"r": 4}} if lora else {}
+    model = load_policy(folder, attn_implementation="eager", gradient_checkpointing=checkpointing, **options)
+    prompt = encoded(folder)
+    assert not shares_keys(model)
     ids, mask = completions(len(prompt), 3)
+    expected, expected_gradient = value_and_gradient(
+        model, lambda: plain_group_logprobs(model, prompt, ids, mask)[0], mask
+    )
+    for layout in ("packed",) if checkpointing else ("prefix_cache", "packed"):
+        run = partial(group_logprobs, model, prompt, ids, mask, forward=layout)
+        found, gradient = value_and_gradient(model, run, mask)
+        assert (found - expected)[mask].abs().max() < 1e-5
+        assert relative(gradient, expected_gradient, gradient) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "internvl"])
+def test_one_row_has_no_padding(family_folder, family):
+    folder = family_folder(family)
+    model, prompt = policy(folder, False, False), encoded(folder)
+    ids, mask = completions(len(prompt), 3)
+    widths = []
+    layer = base_model(model).model.language_model.layers[0]
+    hook = layer.register_forward_hook(lambda _, args, kwargs, output: widths.append(args[0].shape), with_kwargs=True)
     with torch.no_grad():
-        expected, _ = plain_group_logprobs(model, prompt, ids, mask)
-        for layout in ("prefix_cache", "packed"):
-            assert (group_logprobs(model, prompt, ids, mask, forward=layout) - expected)[mask].abs().max() < 1e-5
+        group_logprobs(model, prompt, ids, mask)
+    hook.remove()
+    assert [tuple(shape[:2]) for shape in widths] == [(1, int(prompt.attention_mask.sum() + mask.sum()))]
 
 
 @pytest.mark.parametrize("layout", ["prefix_cache", "packed"])

@@ -121,7 +121,8 @@ class _Block:
         q, k, v = (x.unflatten(1, (-1, self.width)) for x in self.qkv(_rms_norm(hidden_nD, self.first_norm)))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _rms_norm(q, self.q_norm), _rms_norm(k, self.k_norm)
-        mixed = attend(number, _rotated(q, cos, sin), _rotated(k, cos, sin), v, self.scale)
+        q, k = _rotated(torch.cat([q, k], 1), cos, sin).split((q.shape[1], k.shape[1]), 1)
+        mixed = attend(number, q, k, v, self.scale)
         hidden_nD = hidden_nD + self.out(mixed.flatten(1))[0]
         gate, up = self.gate_up(_rms_norm(hidden_nD, self.second_norm))
         return hidden_nD + self.down(self.act(gate) * up)[0]
@@ -134,7 +135,8 @@ def _rms_norm(x: Tensor, norm: Any) -> Tensor:
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """[n, heads, d] turned by the angles [n, 1, d/2]; the two halves of a head are the coordinates."""
     first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, -1)
 
 
 def fused(layers: Sequence[nn.Module], pack: int) -> Callable[[Tensor], Sequence[Tensor]]:
