@@ -165,6 +165,7 @@ def policy_costs(model: nn.Module, *, dtype: torch.dtype | None = None) -> Polic
     dtype = base.dtype if dtype is None else dtype
     text, vision = base.config.get_text_config(), base.config.vision_config
     head = base.get_output_embeddings()
+    in_head = set(head.modules())
     tower = _products(base, "vision_tower")
     convolutions = [module for module in tower if not isinstance(module, nn.Linear)]
     projector = _products(base, "projector")
@@ -175,8 +176,8 @@ def policy_costs(model: nn.Module, *, dtype: torch.dtype | None = None) -> Polic
         patch_embedding=_matmuls(convolutions, dtype),
         tower=_matmuls((module for module in tower if isinstance(module, nn.Linear)), dtype),
         projector=_matmuls(projector, dtype),
-        decoder=_matmuls((module for module in _products(base, "language_model") if module is not head), dtype),
-        head=_matmuls([head], dtype),
+        decoder=_matmuls((m for m in _products(base, "language_model") if m not in in_head), dtype),
+        head=_matmuls(_active(head), dtype),
         tower_width=tower_width,
         tower_windows=_tower_windows(vision),
         patches_per_row=_patches_per_row(vision),
@@ -192,6 +193,14 @@ def _products(base: Any, part: str) -> list[Any]:
     names = part_parameters(base, part)
     kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
     return [m for name, m in base.named_modules() if isinstance(m, kinds) and f"{name}.weight" in names]
+
+
+def _active(head: Any) -> list[Any]:
+    """The linear layers that a call of the output head runs through: of an adapted one, the adapters too."""
+    saved = getattr(head, "modules_to_save", None)
+    if saved is not None:  # peft's copy that is trained in place of the original
+        return [saved[name] for name in head.active_adapters if name in saved]
+    return [module for module in head.modules() if isinstance(module, nn.Linear) and not hasattr(module, "base_layer")]
 
 
 def _matmuls(modules: Iterable[Any], dtype: torch.dtype) -> Matmuls:

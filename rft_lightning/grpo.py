@@ -23,7 +23,12 @@ from rft_lightning.kl import sequence_kl
 from rft_lightning.objectives import GRPOObjective, entropy_threshold
 from rft_lightning.policy.loading import evaluating, frozen_copy, load_policy
 from rft_lightning.policy.sampling import Sampling
-from rft_lightning.policy.shared_prefix import group_logprobs_and_entropies
+from rft_lightning.policy.shared_prefix import (
+    PLAIN,
+    group_logprobs_and_entropies,
+    never_share_keys,
+    shares_keys,
+)
 from rft_lightning.policy_module import PolicyModule
 from rft_lightning.rollout_batches import BatchCounts, MicroBatch, count_tokens, cut
 from rft_lightning.run_statistics import Clock, Workload, is_count, length_statistics, rollout_sizes
@@ -167,8 +172,11 @@ class GRPOModule(PolicyModule):
     def on_fit_start(self) -> None:
         """Move the reference model, which Lightning does not know."""
         super().on_fit_start()
+        assert self.policy is not None
         for reference in self._reference:
             reference.to(self.device)
+            if self.layout != PLAIN and not shares_keys(self.policy):
+                never_share_keys(reference)  # what is wrong for the one is wrong for the other
 
     @contextmanager
     def reference_model(self) -> Iterator[nn.Module]:

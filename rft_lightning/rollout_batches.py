@@ -5,7 +5,7 @@ Shape legend: B prompts, b prompts of a micro-batch, G completions per prompt, N
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -116,10 +116,23 @@ def join_rollouts(batch: PromptBatch, parts: list[Rollouts], pad: int) -> Rollou
 
     logprobs = [part.logprobs for part in parts if part.logprobs is not None]
     return Rollouts(
-        prompts=batch,
+        prompts=_with_inputs_of(batch, [part.prompts for part in parts]),
         completion_ids=joined([part.completion_ids for part in parts], pad),
         completion_mask=joined([part.completion_mask for part in parts], False),
         texts=[texts for part in parts for texts in part.texts],
         truncated=torch.cat([part.truncated for part in parts]),
         logprobs=joined(logprobs, 0) if len(logprobs) == len(parts) else None,
     )
+
+
+def _with_inputs_of(batch: PromptBatch, parts: list[PromptBatch]) -> PromptBatch:
+    """The batch with the positions and features that were worked out for its parts."""
+    positions = [part.positions for part in parts if part.positions is not None]
+    features = [part.features for part in parts if part.features is not None]
+    width = batch.input_ids.shape[1]
+    if len(positions) == len(parts):
+        wide = [nn.functional.pad(part, (width - part.shape[-1], 0)) for part in positions]
+        batch = replace(batch, positions=torch.cat(wide, -2))
+    if len(features) == len(parts):
+        batch = replace(batch, features=[of_prompt for part in features for of_prompt in part])
+    return batch

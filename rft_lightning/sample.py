@@ -328,7 +328,9 @@ class PromptBatch:
         """The prompts of these numbers in this order; unlike :meth:`select` it copies their pictures."""
         patches = _spans(self.patch_counts, prompts, self.input_ids.device)
         images = _spans(self.image_counts, prompts, self.input_ids.device)
-        return self._cut(prompts, torch.tensor(prompts, device=self.input_ids.device), patches, images)
+        return self._cut(
+            prompts, torch.tensor(prompts, dtype=torch.long, device=self.input_ids.device), patches, images
+        )
 
     def _cut(self, prompts: Sequence[int], rows: Any, patches: Any, images: Any) -> PromptBatch:
         """The prompts of these numbers; the others are the same choice as indices of tensors."""
@@ -397,7 +399,7 @@ class Rollouts:
 
     def take(self, prompts: Sequence[int]) -> Rollouts:
         """The groups of the prompts of these numbers in this order, without the columns none of them needs."""
-        rows = torch.tensor(prompts, device=self.completion_ids.device)
+        rows = torch.tensor(prompts, dtype=torch.long, device=self.completion_ids.device)
         return self._cut(self.prompts.take(prompts), rows, prompts)
 
     def _cut(self, prompts: PromptBatch, rows: Any, numbers: Sequence[int]) -> Rollouts:

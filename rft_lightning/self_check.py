@@ -6,12 +6,14 @@ second mask left out change the numbers alone. The table in families.py says wha
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.policy.families import PACKED, base_model
@@ -32,18 +34,22 @@ from rft_lightning.tasks import ClassificationTask
 # |Difference| of log-probs, averaged over a completion. Exact layouts differ by 1e-6 in float32. In bfloat16 they
 # differ about as much as the plain route does from its own float32 result, by 0.02 to 0.06; wrong ones by tenths.
 TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-4, 0.1
+# Relative difference of gradients: 1e-6 in float32 and 0.03 in bfloat16 where they are exact.
+GRADIENT_TOLERANCE, LOW_PRECISION_GRADIENT_TOLERANCE = 1e-3, 0.2
 
 
 def probe(encoder: PromptEncoder) -> tuple[PromptBatch, Tensor, Tensor]:
-    """A prompt about a small picture, and unequal completions [1, 3, C] made of its last tokens, with their mask."""
+    """Two unequal prompts about a small picture, unequal completions [2, 3, C] of their last tokens, and their mask."""
     side = 64
     pixels = torch.arange(side * side * 3, dtype=torch.int64).mul_(2654435761).remainder_(251).to(torch.uint8)
     image = Image.fromarray(pixels.view(side, side, 3).numpy())
-    sample = Sample("self-check", image, None, ClassificationTask(), (side, side), question="What is this?")
-    prompt = encoder([sample])
+    questions = "What is this?", "Which of the things that you know is it?"
+    prompt = encoder(
+        [Sample("self-check", image, None, ClassificationTask(), (side, side), question=text) for text in questions]
+    )
     last = prompt.input_ids[0, -6:]
-    mask = torch.arange(6) < torch.tensor([[6], [3], [5]])
-    return prompt, torch.stack([last, last.flip(0), last.roll(2)])[None], mask[None]
+    mask = torch.arange(6) < torch.tensor([[[6], [3], [5]], [[2], [6], [4]]])
+    return prompt, torch.stack([last, last.flip(0), last.roll(2)]).expand(2, -1, -1), mask
 
 
 @torch.no_grad()
@@ -73,6 +79,30 @@ def layout_error(
     return _worst(shared, plain, mask), _worst(torch.cat(alone, 1), plain, mask)
 
 
+def gradient_error(model: Any, encoder: PromptEncoder, layout: str, device: torch.device | str = "cpu") -> float | None:
+    """The relative difference of a gradient of a layout from the plain route's; None where there is none to compare.
+
+    That of the smallest trained tensors of the decoder's first layer, or else of the model: everything behind them has
+    a part in it, and no other gradient is kept. Sharded models are left out.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    first = [name for name in names if ".layers.0." in name and "language_model" in name] or names
+    parameters = dict(model.named_parameters())
+    chosen = sorted((parameters[name] for name in first), key=lambda p: p.numel())[:2]
+    if not chosen or any(isinstance(module, FSDPModule) for module in model.modules()):
+        return None
+    prompt, ids, mask = probe(encoder)
+    prompt, ids, mask = prompt.to(device), ids.to(device), mask.to(device)
+    weights = torch.linspace(-1, 1, ids.numel(), device=device).view_as(ids) * mask
+    gradients = []
+    with evaluating(model), torch.enable_grad():
+        for run in (partial(group_logprobs, forward=layout), lambda *inputs: plain_group_logprobs(*inputs)[0]):
+            found = torch.autograd.grad((run(model, prompt, ids, mask) * weights).sum(), chosen, allow_unused=True)
+            gradients.append(torch.cat([g.flatten().float() for g in found if g is not None] or [weights.new_zeros(1)]))
+    shared, plain = gradients
+    return float((shared - plain).norm() / plain.norm()) if float(plain.norm()) > 0 else None
+
+
 def _worst(found_BGC: Tensor, expected_BGC: Tensor, mask_BGC: Tensor) -> float:
     """The mean |difference| of the completion where it is largest: a wrong layout may spare the first one."""
     difference_BGC = (found_BGC - expected_BGC).abs().masked_fill(~mask_BGC, 0)
@@ -87,8 +117,11 @@ def tolerance(model: Any, rounding: float, *, mixed: bool = False) -> float:
         rounding: the second number of :func:`layout_error`.
         mixed: whether the forward computed in a lower precision than the weights have.
     """
-    full = model.dtype == torch.float32 and not mixed and torch.get_float32_matmul_precision() == "highest"
-    return TOLERANCE if full else max(LOW_PRECISION_TOLERANCE, 4 * rounding)
+    return TOLERANCE if _is_full(model, mixed) else max(LOW_PRECISION_TOLERANCE, 4 * rounding)
+
+
+def _is_full(model: Any, mixed: bool) -> bool:
+    return model.dtype == torch.float32 and not mixed and torch.get_float32_matmul_precision() == "highest"
 
 
 def settle_layout(
@@ -127,9 +160,13 @@ def _failure(model: Any, encoder: PromptEncoder, layout: str, device: torch.devi
     """What is wrong with a layout; None, and a message, if nothing is."""
     try:
         error, rounding = layout_error(model, encoder, layout, device)
+        gradient = gradient_error(model, encoder, layout, device)
     except (RuntimeError, NotImplementedError) as refusal:
         return f"{layout} cannot be computed on this machine ({str(refusal).splitlines()[0]})"
     if error > tolerance(model, rounding, mixed=mixed):
         return f"{layout} gives other log-probs than the plain route (by {error:.2g} nats on average)"
+    limit = GRADIENT_TOLERANCE if _is_full(model, mixed) else LOW_PRECISION_GRADIENT_TOLERANCE
+    if gradient is not None and not gradient <= limit:
+        return f"{layout} gives other gradients than the plain route (relative difference {gradient:.2g})"
     rank_zero_info(f"forward: {layout}; its log-probs differ from the plain route's by {error:.0e} on average.")
     return None

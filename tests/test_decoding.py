@@ -83,7 +83,7 @@ def test_a_step_of_static_shapes_is_the_same_step(family_folder, monkeypatch, fa
     expected = roll_out(folder, rows, 4, **settings)
     calls = []
 
-    def replayed(run):
+    def replayed(run, device, pool):
         calls.append(run)
         run()
         return run
@@ -164,6 +164,9 @@ def test_recorded_steps_write_what_launched_ones_do(family_folder, monkeypatch, 
     model = load_policy(folder).cuda()
     end_often(monkeypatch, model)
     settings = {"temperature": 1.5, "max_completion_length": 100, "seed": 5, "rollout_prompts": 2}
+    recorded = []
+    captured = decoding.captured
+    monkeypatch.setattr(decoding, "captured", lambda *given: recorded.append(captured(*given)) or recorded[-1])
     found = [
         sample_groups(
             model, encoder(rows).to("cuda"), 4, tokenizer=encoder.processor.tokenizer, cuda_graphs=graphs, **settings
@@ -171,3 +174,4 @@ def test_recorded_steps_write_what_launched_ones_do(family_folder, monkeypatch, 
         for graphs in (True, False)
     ]
     assert written(found[0]) == written(found[1])
+    assert recorded

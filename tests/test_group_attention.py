@@ -15,6 +15,7 @@ SHAPES = {
     "ragged groups": ([7, 3, 5], [[3, 1, 2], [0, 0, 0], [5, 5, 1]]),
     "even groups": ([40, 40], [[30, 30], [30, 30]]),
     "a prompt of one token": ([1, 9], [[2], [6]]),
+    "of every length": ([5, 70, 33, 17], [[1, 90, 16], [17, 33, 0], [64, 65, 2], [0, 0, 31]]),
 }
 
 
@@ -92,8 +93,8 @@ def test_scores_of_any_size():
 def test_merging_in_either_order():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 6, 3, 8, generator=generator) for _ in range(3))
-    whole, whole_lse = part(q, k, v, SCALE)
-    first, second = (part(q, k[:, where], v[:, where], SCALE) for where in (slice(2), slice(2, None)))
+    whole, whole_lse = part(q, k, v, scale=SCALE)
+    first, second = (part(q, k[:, where], v[:, where], scale=SCALE) for where in (slice(2), slice(2, None)))
     for pair in ((first, second), (second, first)):
         out, lse = merged(*pair)
         torch.testing.assert_close(out, whole, atol=1e-6, rtol=0)
@@ -119,11 +120,22 @@ def test_where_tokens_go(shape):
     assert row.predicting.tolist() == predicting
     assert row.written.tolist() == written
     assert row.size == len(who)
-    numbers = torch.arange(row.size)
-    for block, real in zip(
-        row.blocks(numbers + 1, zero_padding=True), (prompts, [n for group in completions for n in group]), strict=True
+    numbers = torch.arange(1, row.size + 1)
+    for runs, real in (
+        (row.prompts, prompts),
+        (row.answers, [sum(group) for group in completions]),
+        (row.completions, [n for group in completions for n in group if n]),
     ):
-        assert (block > 0).sum(1).tolist() == list(real)
+        blocks = runs.split(numbers, padding=0)
+        assert sorted(n for block in blocks for n in (block > 0).sum(1).tolist()) == sorted(real)
+        joined = runs.join(blocks, numbers)
+        assert len(joined) == sum(real)
+        assert (joined.diff() > 0).all()
+    halves = (
+        row.prompts.join(row.prompts.split(numbers), numbers),
+        row.answers.join(row.answers.split(numbers), numbers),
+    )
+    assert torch.equal(row.join(*halves), numbers)
     rectangle = torch.arange(len(prompts) * columns).view(len(prompts), columns)
     assert row.pack(rectangle).tolist() == [expected]
 
@@ -159,9 +171,9 @@ def test_the_kernels_of_cuda_take_what_they_are_given():
     with FakeTensorMode():
         q, k = (torch.empty(2, length, 4, 64, device="cuda", dtype=torch.bfloat16) for length in (101, 43))
         for keys, settings in ((k, {"bias": torch.empty(2, 1, 1, 43, device="cuda")}), (q, {"causal": True})):
-            out, lse = part(q, keys, keys, SCALE, **settings)
+            out, lse = part(q, keys, keys, scale=SCALE, **settings)
             assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
-            gradients = part_backward(out, q, keys, keys, out, lse, SCALE, **settings)
+            gradients = part_backward((out, q, out, lse), keys, keys, scale=SCALE, **settings)
             assert [x.shape for x in gradients] == [q.shape, keys.shape, keys.shape]
 
 
@@ -180,3 +192,13 @@ def test_on_cuda(shape, dtype):
     gradients = torch.autograd.grad((found * weights.cuda()).sum(), (q, k, v))
     for ours, theirs in zip(gradients, torch.autograd.grad((expected * weights).sum(), (q, k, v)), strict=True):
         torch.testing.assert_close(ours.float(), theirs.float(), atol=2 * tolerance, rtol=0.02)
+
+
+def test_one_long_completion_does_not_lengthen_the_others():
+    """Blocks hold runs of similar length: padding at most doubles what is computed."""
+    lengths = [[16] * 7 + [1000], [20] * 8]
+    row = GroupRow([300, 1700], lengths, 1700, 1000)
+    places = sum(block.numel() for block in row.completions.split(torch.arange(row.size)))
+    assert places <= 2 * sum(map(sum, lengths))
+    pairs = sum(block.numel() * block.shape[1] for block in row.prompts.split(torch.arange(row.size)))
+    assert pairs == 300**2 + 1700**2

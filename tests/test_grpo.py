@@ -415,3 +415,17 @@ def test_unknown_switches_are_refused(tiny_policy, setting):
     ((name, value),) = setting.items()
     with pytest.raises(ConfigConflictError, match=f"{name}.*found '{value}'"):
         grpo(tiny_policy, **setting)
+
+
+def test_the_reference_model_is_computed_as_the_policy_where_a_layout_fails(tiny_policy, make_trainer, monkeypatch):
+    """A kernel that is wrong for the one is wrong for the other: the KL of the first step stays 0."""
+    from rft_lightning.policy import group_attention
+
+    part = group_attention.part
+    monkeypatch.setattr(group_attention, "part", lambda *x, **o: part(*x, **(o | {"causal": False})))
+    record = Record()
+    module = grpo(tiny_policy, objective=GRPOObjective(beta=0.04), gradient_checkpointing=True)
+    with pytest.warns(UserWarning, match="packed gives other log-probs"):
+        make_trainer(1, callbacks=[record]).fit(module, datamodule=data(tiny_policy))
+    assert module.layout == "packed"
+    assert abs(record.metrics[0]["train/kl"]) < 1e-5

@@ -26,6 +26,7 @@ def both_steps(model, prompts, group_size=3):
             decoder.admit()
             for token in (30, 31):
                 decoder.extend(torch.arange(token, token + len(prompts) * group_size))
+            assert (decoder.lean is not None) == lean  # the comparison has not put it aside
             found.append(decoder.logits)
     model.train()
     return found
@@ -59,10 +60,14 @@ def test_it_is_not_taken_where_somebody_listens_or_the_decoder_is_of_another_kin
     model = load_policy(family_folder("qwen2_vl")).eval()
     layer = base_model(model).model.language_model.layers[0]
     assert isinstance(lean_step(model, 8), LeanStep)
-    for module in (layer, layer.self_attn.q_proj, layer.mlp):
+    base = base_model(model)
+    for module in (layer, layer.self_attn.q_proj, layer.mlp, base, base.model, base.lm_head):
         hook = module.register_forward_hook(lambda *_: None)
         assert lean_step(model, 8) is None
         hook.remove()
+        module.forward = module.forward  # as libraries do that replace kernels
+        assert lean_step(model, 8) is None
+        del module.forward
     assert isinstance(lean_step(model, 8), LeanStep)
     layer.extra = torch.nn.Linear(2, 2)
     assert lean_step(model, 8) is None
@@ -72,16 +77,34 @@ def test_it_is_not_taken_where_somebody_listens_or_the_decoder_is_of_another_kin
 
 def test_a_step_with_other_logits_is_noticed(family_folder, monkeypatch):
     folder = family_folder("qwen2_vl")
-    model, _, rows = setting(folder)
+    rows = setting(folder)[2]
     expected = roll_out(folder, rows).texts
-    monkeypatch.setattr(decoding, "_TRUSTED", type(decoding._TRUSTED)())
+    monkeypatch.setattr(decoding, "_COMPARED", type(decoding._COMPARED)())
     call = LeanStep.__call__
     monkeypatch.setattr(
         LeanStep, "__call__", lambda self, tokens, positions, attend: call(self, tokens, positions + 7, attend)
     )
     with pytest.warns(UserWarning, match="lean decode step gives other log-probs than Qwen2VL"):
         assert roll_out(folder, rows).texts == expected
-    assert base_model(model) not in decoding._TRUSTED
+    calls = []
+    monkeypatch.setattr(LeanStep, "__call__", lambda *given: calls.append(given))
+    assert roll_out(folder, rows).texts == expected
+    assert not calls  # and not tried again
+
+
+def test_a_model_whose_parts_became_others_is_compared_again(family_folder, monkeypatch):
+    folder = family_folder("qwen2_vl")
+    _, encoder, rows = setting(folder)
+    model = load_policy(folder)
+    both_steps(model, encoder(rows))
+
+    class Doubled(type(base_model(model).model.language_model.norm)):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    base_model(model).model.language_model.norm.__class__ = Doubled
+    with pytest.warns(UserWarning, match="lean decode step gives other log-probs"), pytest.raises(AssertionError):
+        both_steps(model, encoder(rows))
 
 
 def test_weights_that_change_are_seen(family_folder):

@@ -11,6 +11,7 @@ from rft_lightning.policy.plain import plain_group_logprobs
 from rft_lightning.policy.prompt_inputs import has_fixed_features, image_features, prepared
 from rft_lightning.policy.rollout import sample_groups
 from rft_lightning.policy.shared_prefix import group_logprobs
+from rft_lightning.rollout_batches import join_rollouts
 from tests.test_rollout import setting
 from tests.test_shared_prefix import completions, relative, value_and_gradient
 
@@ -109,3 +110,43 @@ def test_a_batch_that_moves_forgets_its_features(family_folder):
     batch = replace(encoder(rows), features=image_features(model, encoder(rows)))
     assert batch.to("cpu").features is None
     assert batch.to("cpu").lengths == batch.lengths
+
+
+def test_frozen_adapters_in_the_tower_are_no_fixed_features(family_folder):
+    """The reference model is without them."""
+    model = load_policy(family_folder("qwen2_vl"), lora={"r": 4}).requires_grad_(False)
+    assert not has_fixed_features(model)
+
+
+def test_the_tower_sees_no_more_pictures_at_once_than_the_rollout(family_folder):
+    folder = family_folder("qwen2_vl")
+    _, encoder, rows = setting(folder)
+    model = load_policy(folder, freeze=VISION)
+    calls = []
+    hook = count_towers(model, calls)
+    tokenizer = encoder.processor.tokenizer
+    chunked = sample_groups(model, encoder(rows), 2, tokenizer=tokenizer, rollout_prompts=1, seed=0)
+    assert len(calls) == len(rows)
+    together = sample_groups(model, encoder(rows), 2, tokenizer=tokenizer, seed=0)
+    hook.remove()
+    assert len(calls) == len(rows) + 1
+    assert chunked.texts == together.texts
+
+
+def test_waves_of_dynamic_sampling_keep_what_was_worked_out(family_folder):
+    folder = family_folder("qwen2_vl")
+    _, encoder, rows = setting(folder)
+    model = load_policy(folder, freeze=VISION).eval()
+    batch = encoder(rows)
+    tokenizer = encoder.processor.tokenizer
+    parts = [sample_groups(model, part, 2, tokenizer=tokenizer, max_completion_length=4) for part in batch.chunks(3)]
+    joined = join_rollouts(batch, parts, tokenizer.pad_token_id)
+    calls = []
+    hook = count_towers(model, calls)
+    ids, mask = joined.completion_ids, joined.completion_mask
+    with torch.no_grad():
+        found = group_logprobs(model, joined.prompts, ids, mask)
+        hook.remove()
+        expected = plain_group_logprobs(model, batch, ids, mask)[0]
+    assert not calls
+    assert (found - expected)[mask].abs().max() < 2e-5

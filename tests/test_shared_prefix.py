@@ -13,13 +13,14 @@ from PIL import Image
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.policy import logprobs
 from rft_lightning.policy.families import FAMILIES, base_model
-from rft_lightning.policy.loading import load_policy
+from rft_lightning.policy.loading import frozen_copy, load_policy
 from rft_lightning.policy.plain import plain_group_logprobs
 from rft_lightning.policy.shared_prefix import (
     PLAIN,
     choose_layout,
     group_logprobs,
     group_logprobs_and_entropies,
+    never_share_keys,
     shares_keys,
 )
 from rft_lightning.prompts import PromptEncoder
@@ -384,7 +385,33 @@ def planted_causal_images(monkeypatch, family_folder):
     return family_folder("gemma3"), {}
 
 
-PLANTS = [planted_bool_mask, planted_linear_attention, planted_leak, planted_causal_row, planted_causal_images]
+def planted_kernel(monkeypatch, family_folder, name, change):
+    """A kernel of attention part by part that does something else."""
+    from rft_lightning.policy import group_attention
+
+    kernel = getattr(group_attention, name)
+    monkeypatch.setattr(group_attention, name, lambda *given, **options: change(kernel, *given, **options))
+    return family_folder("internvl"), {}
+
+
+def planted_loss_of_padding(monkeypatch, family_folder):
+    return planted_kernel(
+        monkeypatch, family_folder, "part", lambda kernel, *x, **o: kernel(*x, **(o | {"bias": None}))
+    )
+
+
+def planted_gradient(monkeypatch, family_folder):
+    """Right forward."""
+
+    def turned(kernel, *given, **options):
+        dq, dk, dv = kernel(*given, **options)
+        return dq, -dk, dv
+
+    return planted_kernel(monkeypatch, family_folder, "part_backward", turned)
+
+
+ROW_PLANTS = [planted_causal_row, planted_loss_of_padding, planted_gradient]
+PLANTS = [planted_bool_mask, planted_linear_attention, planted_leak, planted_causal_images, *ROW_PLANTS]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -392,14 +419,14 @@ PLANTS = [planted_bool_mask, planted_linear_attention, planted_leak, planted_cau
 def test_the_self_check_refuses_a_wrong_layout(monkeypatch, family_folder, plant, dtype):
     folder, settings = plant(monkeypatch, family_folder)
     model, encoder = load_policy(folder, dtype=dtype, **settings), PromptEncoder(folder)
-    with pytest.raises(ConfigConflictError, match=r"packed gives other log-probs.*auto or plain"):
+    with pytest.raises(ConfigConflictError, match=r"packed gives other (log-probs|gradients).*auto or plain"):
         settle_layout(model, "packed", encoder)
     family = FAMILIES[model.config.model_type]
     monkeypatch.setitem(FAMILIES, model.config.model_type, replace(family, layouts=("packed",)))
-    with pytest.warns(UserWarning, match="packed gives other log-probs"):
+    with pytest.warns(UserWarning, match="packed gives other (log-probs|gradients)"):
         layout = settle_layout(model, "auto", encoder)
     # Where attention part by part is what was wrong, a dense mask still is right.
-    assert layout == ("packed" if plant is planted_causal_row else PLAIN)
+    assert layout == ("packed" if plant in ROW_PLANTS else PLAIN)
     assert model.training
 
 
@@ -424,3 +451,36 @@ def test_a_family_without_a_layout_says_so(family_folder, caplog):
         layout = settle_layout(load_policy(folder), "auto", PromptEncoder(folder))
     assert layout == PLAIN
     assert "forward: plain. No shared-prefix layout is known to be exact for qwen3_5" in caplog.text
+
+
+def test_a_copy_of_a_model_that_failed_is_not_trusted_either(family_folder):
+    model = load_policy(family_folder("qwen2_vl"))
+    assert shares_keys(model)
+    never_share_keys(model)
+    assert not shares_keys(model)
+    assert not shares_keys(frozen_copy(model))
+    assert choose_layout(model) == "prefix_cache"
+
+
+def test_decoders_that_attend_in_their_own_way_are_left_alone(family_folder):
+    """InternVL and LLaVA take any text model."""
+    model = load_policy(family_folder("internvl"))
+    model.config.text_config.model_type = "granite"
+    assert not shares_keys(model)
+    model.config.text_config.model_type = "mistral"
+    model.config.text_config.layer_types, model.config.text_config.sliding_window = None, 4
+    with pytest.raises(ConfigConflictError, match="layers of mistral see a window"):
+        choose_layout(model, "packed")
+
+
+def test_a_kernel_that_does_not_know_our_mask_cannot_take_it(family_folder, monkeypatch):
+    from rft_lightning.policy import group_attention
+
+    folder = family_folder("qwen2_vl")
+    model, prompt = load_policy(folder), encoded(folder)
+    ids, mask = completions(len(prompt), 2)
+    group_logprobs(model, prompt, ids, mask)
+    monkeypatch.setattr(group_attention, "GroupMask", type("Another", (torch.Tensor,), {}))
+    monkeypatch.setattr("rft_lightning.policy.shared_prefix.as_mask", lambda groups, device: torch.empty(1, 1, 0, 0))
+    with pytest.raises((RuntimeError, IndexError)):
+        group_logprobs(model, prompt, ids, mask)

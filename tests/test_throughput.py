@@ -468,3 +468,15 @@ def test_two_processes_log_the_numbers_of_both(tmp_path, tiny_policy):
     assert first["train/throughput/mfu/update"] == pytest.approx(update / (1.25 * 3 * PEAK))
     floor = sum(costs.decode_bytes(part.rolled_out) for part in work) / BANDWIDTH
     assert first["train/throughput/decode_floor_ratio"] == pytest.approx(5 / floor)
+
+
+@pytest.mark.parametrize(
+    "lora", [{"r": 4, "target_modules": ["lm_head", "q_proj"]}, {"r": 4, "modules_to_save": ["lm_head"]}], ids=str
+)
+def test_an_adapted_head_counts_once(family_folder, lora):
+    folder = family_folder("internvl")  # its head is not tied to the embeddings
+    plain, adapted = policy_costs(load_policy(folder)), policy_costs(load_policy(folder, lora=lora))
+    vocabulary, width = load_policy(folder).lm_head.weight.shape
+    rank = 4 * (vocabulary + width) if "target_modules" in lora else 0
+    assert adapted.head.weights == plain.head.weights + rank
+    assert plain.decoder.weights < adapted.decoder.weights < plain.decoder.weights + vocabulary * width

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -32,8 +32,8 @@ from rft_lightning.policy.lean_step import lean_step
 from rft_lightning.policy.prompt_inputs import model_inputs
 from rft_lightning.sample import PromptBatch
 
-# Models whose lean step was found to give their own logits.
-_TRUSTED: WeakSet[nn.Module] = WeakSet()
+# Models whose lean step was compared with their own forward: the kind it is right for, or None where it is wrong.
+_COMPARED: WeakKeyDictionary[nn.Module, tuple[type, ...] | None] = WeakKeyDictionary()
 # Room for completion tokens at first; doubled when it is used up.
 FIRST_ROOM = 64
 
@@ -44,12 +44,12 @@ class Decoder(Protocol):
     Attributes:
         logits: [n, V] of the next token of each row.
         waiting: prompts whose groups have not begun.
-        drops: whether rows can leave before the others are finished.
+        drop_share: rows leave when so large a share of them is finished; above 1 they cannot leave.
     """
 
     logits: Tensor
     waiting: int
-    drops: bool
+    drop_share: float
 
     def admit(self) -> Tensor:
         """Begin as many waiting prompts as there is room for: their rows [m], which go behind those that grow."""
@@ -72,8 +72,6 @@ class SharedDecoder:
         capture: replay the decode step as a CUDA graph, recorded anew when its shapes change.
     """
 
-    drops = True
-
     def __init__(
         self, model: nn.Module, prompts: PromptBatch, group_size: int, *, at_once: int, capture: bool = False
     ) -> None:
@@ -93,7 +91,12 @@ class SharedDecoder:
         self.lengths: list[int] = []
         self.room = FIRST_ROOM
         self._replay: Callable[[], Tensor] | None = None
-        self.lean = lean_step(model, self.most_rows)
+        self._pool: Any = torch.cuda.graph_pool_handle() if capture and self.device.type == "cuda" else None
+        base = base_model(model)
+        self.lean = lean_step(model, self.most_rows) if _COMPARED.get(base, ()) is not None else None
+        # Moving the keys of the rows that stay costs about as much as some steps of those that need not; a graph has
+        # to be recorded anew.
+        self.drop_share = 0.5 if capture else 0.125
 
     # Rows come and go
 
@@ -189,7 +192,7 @@ class SharedDecoder:
         if longest >= self.room:
             self._make_room()
         even = min(self.born) == max(self.born)
-        if self.lean is not None and base_model(self.model) not in _TRUSTED:
+        if self.lean is not None and _COMPARED.get(base_model(self.model)) != self.lean.kind:
             self._check_lean_step(tokens_n, longest + 1, longest if even else None)
         if self.capture:
             self._tokens.copy_(tokens_n)
@@ -210,13 +213,13 @@ class SharedDecoder:
         error = float((found - expected).abs().mean())
         exact = base.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type)
         if error <= (1e-3 if exact and torch.get_float32_matmul_precision() == "highest" else 0.1):
-            _TRUSTED.add(base)
+            _COMPARED[base] = lean.kind if lean is not None else None
             return
         rank_zero_warn(
             f"The lean decode step gives other log-probs than {type(base).__name__} itself (by {error:.2g} nats on "
             "average), so rollouts use the model's own forward, which is slower."
         )
-        self.lean = None
+        self.lean, _COMPARED[base] = None, None
 
     def _make_room(self) -> None:
         self.room *= 2
@@ -254,7 +257,7 @@ class SharedDecoder:
         stored.write(k_nhD, v_nhD, self._column, self.length)
         # [n, r, h, D]: the heads that share a key head become its queries.
         q_nrhD = q_nHD.unflatten(1, (k_nhD.shape[1], -1)).transpose(1, 2)
-        own = part(q_nrhD, *stored.own(self._own_width), scale, bias=self._own_bias)
+        own = part(q_nrhD, *stored.own(self._own_width), scale=scale, bias=self._own_bias)
         out_nrhD, _ = merged(self._to_prompts(stored, q_nrhD, scale), own)
         return out_nrhD.transpose(1, 2).reshape(q_nHD.shape)
 
@@ -266,8 +269,8 @@ class SharedDecoder:
         else:
             block = q_nrhD.new_zeros(groups * rows, *q_nrhD.shape[1:]).index_copy_(0, self.places, q_nrhD)
             block = block.view(groups, -1, *q_nrhD.shape[2:])
-        out, lse = part(block, *stored.prompts(self.width), scale, bias=self.key_bias)
-        out, lse = (x.reshape(groups * rows, -1, *x.shape[2:]) for x in (out, lse))
+        out, lse = part(block, *stored.prompts(self.width), scale=scale, bias=self.key_bias)
+        out, lse = (x.reshape(groups * rows, -1, *x.shape[2:]) for x in (out, lse))  # [rows, r, h, ...]
         return (out, lse) if self.regular else (out[self.places], lse[self.places])
 
     # CUDA graphs
@@ -276,13 +279,14 @@ class SharedDecoder:
         if self._replay is None:
             run = partial(self._forward, self._tokens, self.room, None)
             try:
-                self._replay = captured(run)
+                self._replay = captured(run, self.device, self._pool)
             except RuntimeError as error:
                 rank_zero_warn(
                     f"The decode step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]}), so its "
                     "kernels are launched one by one, which is slower. Set cuda_graphs to false to leave it at that."
                 )
-                self.capture, self._replay = False, run
+                self.capture = False
+                return run()
         return self._replay()
 
 
@@ -301,7 +305,8 @@ class CacheDecoder:
     def __init__(self, model: nn.Module, prompts: PromptBatch, group_size: int) -> None:
         family = family_of(base_model(model).config)
         self.model, self.prompts, self.group_size = model, prompts, group_size
-        self.drops = family is not None and len(family.layouts) > 0
+        self.repeats = family is not None and len(family.layouts) > 0
+        self.drop_share = 0.125 if self.repeats else 2.0
         self.waiting = len(prompts)
         self.logits = torch.empty(0)
 
@@ -309,8 +314,8 @@ class CacheDecoder:
         """See :class:`Decoder`: all of them, at once."""
         from transformers import DynamicCache
 
-        repeats = self.group_size if self.drops else 1
-        prompts = self.prompts if self.drops else repeat_prompts(self.prompts, self.group_size)
+        repeats = self.group_size if self.repeats else 1
+        prompts = self.prompts if self.repeats else repeat_prompts(self.prompts, self.group_size)
         device, rows = prompts.input_ids.device, self.waiting * self.group_size
         if not self.waiting:
             return torch.arange(0, device=device)

@@ -20,8 +20,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from rft_lightning.policy.group_row import GroupRow
+from rft_lightning.policy.group_row import GroupRow, Runs
 
 KERNEL = "sdpa"
 
@@ -41,7 +42,8 @@ class GroupMask(Tensor):
 
 def as_mask(groups: GroupAttention, device: torch.device) -> GroupMask:
     """The mask to give to a model with the attention function :data:`KERNEL`."""
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).as_subclass(GroupMask)
+    # Without entries: a kernel that does not know what it is cannot take it for a mask.
+    mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device).as_subclass(GroupMask)
     mask.groups = groups
     return mask
 
@@ -87,65 +89,73 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row: GroupRow, scale: float) -> Tensor:
-        (q_prompt, q_own), (k_prompt, k_own), (v_prompt, v_own) = _all_blocks(q, k, v, row)
-        prompt, lse_prompt = part(q_prompt, k_prompt, v_prompt, scale, causal=True)
-        shared = part(_by_group(q_own, row), k_prompt, v_prompt, scale, bias=row.key_bias)
-        own, lse_own = merged(shared, part(q_own, k_own, v_own, scale, causal=True))
-        out = _unblock(prompt, own, row)
-        ctx.save_for_backward(q, k, v, out, lse_prompt, lse_own)
+        keys, values = _repeated(k, q), _repeated(v, q)
+        prompts, shared, own = [], [], []
+        for q_prompt, q_answers, k_prompt, v_prompt, bias in zip(
+            row.prompts.split(q), row.answers.split(q), row.prompts.split(keys), row.prompts.split(values),
+            row.prompts.biases, strict=True,
+        ):  # fmt: skip
+            prompts.append(part(q_prompt, k_prompt, v_prompt, scale=scale, causal=True))
+            shared.append(part(q_answers, k_prompt, v_prompt, scale=scale, bias=bias))
+        for blocks in zip(*(row.completions.split(x) for x in (q, keys, values)), strict=True):
+            own.append(part(*blocks, scale=scale, causal=True))
+        to_prompts, to_itself = _joined(shared, row.answers, q), _joined(own, row.completions, q)
+        of_prompts, of_completions = _joined(prompts, row.prompts, q), merged(to_prompts, to_itself)
+        out, lse = (row.join(*pair) for pair in zip(of_prompts, of_completions, strict=True))
+        ctx.save_for_backward(q, k, v, out, lse)
         ctx.row, ctx.scale = row, scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        q, k, v, out, lse_prompt, lse_own = ctx.saved_tensors
+        q, k, v, out, lse = ctx.saved_tensors
         row, scale = ctx.row, ctx.scale
-        (q_prompt, q_own), (k_prompt, k_own), (v_prompt, v_own) = _all_blocks(q, k, v, row)
-        (prompt, own), (grad_prompt, grad_own) = row.blocks(out), row.blocks(grad, zero_padding=True)
-        dq_prompt, dk_prompt, dv_prompt = part_backward(
-            grad_prompt, q_prompt, k_prompt, v_prompt, prompt, lse_prompt, scale, causal=True
-        )
-        by_group = [_by_group(x, row) for x in (grad_own, q_own, own, lse_own)]
-        dq_shared, dk_shared, dv_shared = part_backward(
-            by_group[0], by_group[1], k_prompt, v_prompt, by_group[2], by_group[3], scale, bias=row.key_bias
-        )
-        dq_own, dk_own, dv_own = part_backward(grad_own, q_own, k_own, v_own, own, lse_own, scale, causal=True)
-        heads = k.shape[1]
-        dq = _unblock(dq_prompt, dq_own + dq_shared.reshape(dq_own.shape), row)
-        dk = _unblock(_folded(dk_prompt + dk_shared, heads), _folded(dk_own, heads), row)
-        dv = _unblock(_folded(dv_prompt + dv_shared, heads), _folded(dv_own, heads), row)
-        return dq, dk, dv, None, None
+        keys, values = _repeated(k, q), _repeated(v, q)
+
+        def blocks(runs: Runs) -> Any:
+            # Without a gradient, and with no weight on any key, padding has no part in anything.
+            given = runs.split(grad, padding=0), runs.split(q), runs.split(out), runs.split(lse, padding=torch.inf)
+            return zip(*given, strict=True)
+
+        prompts, answers, own = [], [], []
+        for prompt, answer, k_prompt, v_prompt, bias in zip(
+            blocks(row.prompts), blocks(row.answers), row.prompts.split(keys), row.prompts.split(values),
+            row.prompts.biases, strict=True,
+        ):  # fmt: skip
+            dq, dk, dv = part_backward(prompt, k_prompt, v_prompt, scale=scale, causal=True)
+            dq_answer, dk_shared, dv_shared = part_backward(answer, k_prompt, v_prompt, scale=scale, bias=bias)
+            prompts.append((dq, dk + dk_shared, dv + dv_shared))
+            answers.append(dq_answer)
+        for completion, k_own, v_own in zip(
+            blocks(row.completions), row.completions.split(keys), row.completions.split(values), strict=True
+        ):
+            own.append(part_backward(completion, k_own, v_own, scale=scale, causal=True))
+        of_prompts = [row.prompts.join(x, q) for x in zip(*prompts, strict=True)]
+        of_completions = [row.completions.join([block[i] for block in own], q) for i in range(3)]
+        of_completions[0] = of_completions[0] + row.answers.join(answers, q)
+        dq, dk, dv = (row.join(*pair) for pair in zip(of_prompts, of_completions, strict=True))
+        return dq, _folded(dk, k), _folded(dv, v), None, None
 
 
-def _all_blocks(q: Tensor, k: Tensor, v: Tensor, row: GroupRow) -> list[tuple[Tensor, Tensor]]:
-    """Prompt and completion blocks of all three, with keys and values repeated to the number of query heads."""
-    repeats = q.shape[1] // k.shape[1]
-    blocks = [row.blocks(x) for x in (q, k, v)]
-    if repeats > 1:
-        blocks[1:] = [(x.repeat_interleave(repeats, 2), y.repeat_interleave(repeats, 2)) for x, y in blocks[1:]]
-    return blocks
+def _repeated(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values [T, h, D] for each of the query's heads: [T, H, D]."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
-def _by_group(own: Tensor, row: GroupRow) -> Tensor:
-    """[N, c, ...] -> [B, G*c, ...]."""
-    return own.reshape(row.groups, -1, *own.shape[2:])
+def _folded(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of what was repeated, summed to the shape of `x`."""
+    return grad if grad.shape == x.shape else grad.unflatten(1, (x.shape[1], -1)).sum(2)
 
 
-def _folded(grad: Tensor, heads: int) -> Tensor:
-    """The gradient [rows, K, H, D] of repeated keys, summed to [rows, K, h, D]."""
-    return grad if grad.shape[2] == heads else grad.unflatten(2, (heads, -1)).sum(3)
-
-
-def _unblock(prompt: Tensor, own: Tensor, row: GroupRow) -> Tensor:
-    """[B, p, H, D] and [N, c, H, D] -> [T, H, D]."""
-    both = torch.cat([prompt.flatten(0, 1), own.flatten(0, 1)])
-    return both if row.whole else both.index_select(0, row.back)
+def _joined(parts: list[tuple[Tensor, Tensor]], runs: Runs, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Results and log-sum-exps of blocks as those of the tokens of the runs."""
+    return runs.join([out for out, _ in parts], q), runs.join([lse for _, lse in parts], q[..., 0].float())
 
 
 def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """One attention over two sets of keys from (result, log-sum-exp) over each, in the shapes of the second."""
-    out, lse = second
-    other, other_lse = first[0].reshape(out.shape), first[1].reshape(lse.shape)
+    """One attention over two sets of keys from (result [..., D], log-sum-exp [...]) over each."""
+    (other, other_lse), (out, lse) = first, second
     share = (other_lse - lse).sigmoid()[..., None]
     return out.to(share.dtype).lerp(other.to(share.dtype), share).to(out.dtype), torch.logaddexp(other_lse, lse)
 
@@ -154,7 +164,7 @@ def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple
 
 
 def part(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, bias: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool = False, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of q to one set of keys, and the log-sum-exp of its scores.
 
@@ -180,18 +190,25 @@ def part(
 
 
 def part_backward(
-    grad: Tensor,
-    q: Tensor,
+    given: tuple[Tensor, Tensor, Tensor, Tensor],
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
     *,
+    scale: float,
     causal: bool = False,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v through one set of keys, given the result and log-sum-exp over all sets."""
+    """Gradients of q, k and v through one set of keys.
+
+    Args:
+        given: the gradient of the result, q, and the result and log-sum-exp over all sets of keys.
+        k: [rows, K, H, D].
+        v: [rows, K, H, D].
+        scale: as in :func:`part`.
+        causal: as in :func:`part`.
+        bias: as in :func:`part`.
+    """
+    grad, q, out, lse = given
     if q.device.type == "cpu":
         mask = None if bias is None else bias.to(q.dtype)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

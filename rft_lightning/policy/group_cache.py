@@ -7,6 +7,7 @@ completion tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,19 +63,28 @@ class GroupCache:
         return self.prompt_keys[:, :, -width:].transpose(1, 2), self.prompt_values[:, :, -width:].transpose(1, 2)
 
 
-def captured(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A CUDA graph of `run`, which must read and write the same memory in every call; returns what replays it."""
-    current, other = torch.cuda.current_stream(), torch.cuda.Stream()
-    other.wait_stream(current)
-    with torch.cuda.stream(other):  # what is set up on first use must not be recorded
-        run()
-    current.wait_stream(other)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
+def captured(run: Callable[[], Tensor], device: torch.device, pool: Any) -> Callable[[], Tensor]:
+    """A CUDA graph of `run`, which must read and write the same memory in every call; returns what replays it.
+
+    Args:
+        run: what to record.
+        device: the GPU it runs on.
+        pool: handle of the memory that recordings share.
+    """
+    with torch.cuda.device(device):
+        current, other = torch.cuda.current_stream(), torch.cuda.Stream()
+        other.wait_stream(current)
+        with torch.cuda.stream(other):  # what is set up on first use must not be recorded
+            run()
+        current.wait_stream(other)
+        graph = torch.cuda.CUDAGraph()
+        # Threads that load data may go on allocating.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = run()
 
     def replay() -> Tensor:
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return result
 
     return replay

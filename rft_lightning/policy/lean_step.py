@@ -43,10 +43,11 @@ def lean_step(model: Any, rows: int) -> LeanStep | None:
     layers = list(getattr(decoder, "layers", ()))
     if not layers or not all(map(_is_known, layers)) or getattr(rope, "rope_type", None) not in STATIC_ROPE:
         return None
-    watched = [decoder, decoder.norm, rope, *(module for layer in layers for module in layer.modules())]
+    around = [base, base.model, base.get_output_embeddings(), decoder, decoder.norm, rope]
+    watched = [*around, *(module for layer in layers for module in layer.modules())]
     if any(map(_has_listeners, watched)) or any(isinstance(p, DTensor) for p in decoder.parameters()):
         return None
-    return LeanStep(base, layers, rows)
+    return LeanStep(base, layers, rows, kind=tuple(type(module) for module in watched))
 
 
 def _is_known(layer: Any) -> bool:
@@ -65,15 +66,25 @@ def _is_known(layer: Any) -> bool:
 
 
 def _has_listeners(module: nn.Module) -> bool:
-    """Whether somebody waits for calls of the module; FSDP2 does with one hook of each kind, to gather weights."""
+    """Whether somebody waits for calls of the module, or has put another forward in its place.
+
+    FSDP2 waits with one hook of each kind, to gather weights, which they are.
+    """
+    if "forward" in vars(module):
+        return True
     own = int(isinstance(module, FSDPModule))
     return len(module._forward_hooks) > own or len(module._forward_pre_hooks) > own
 
 
 class LeanStep:
-    """Logits of the next token of each row. See :func:`lean_step`."""
+    """Logits of the next token of each row. See :func:`lean_step`.
 
-    def __init__(self, base: Any, layers: Sequence[Any], rows: int) -> None:
+    Attributes:
+        kind: the classes of all modules that take part.
+    """
+
+    def __init__(self, base: Any, layers: Sequence[Any], rows: int, *, kind: tuple[type, ...] = ()) -> None:
+        self.kind = kind
         decoder = base.model.language_model
         weights = sum(p.nbytes for p in decoder.parameters())
         packs = torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu") and weights <= MOST_PACKED

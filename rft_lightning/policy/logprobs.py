@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rft_lightning.policy.families import base_model
@@ -127,13 +128,14 @@ class _FusedHead(torch.autograd.Function):
         return scores_MK1
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_MK1: Tensor) -> Any:
         hidden_MD, weight, bias, ids_MK, normalizers_M1 = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dtype = hidden_MD.dtype
         cast, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         grad_hidden = torch.empty_like(hidden_MD) if needs_hidden else None
-        grad_weight = torch.zeros_like(cast) if needs_weight else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
         grad_bias = torch.zeros(len(weight), device=weight.device) if needs_bias else None
         for start in range(0, len(hidden_MD), ctx.size):
             part = slice(start, start + ctx.size)
@@ -145,12 +147,15 @@ class _FusedHead(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[part] = grad_MV @ cast
             if grad_weight is not None:
-                grad_weight.addmm_(grad_MV.T, hidden_MD[part])
+                if grad_weight.dtype == dtype:
+                    grad_weight.addmm_(grad_MV.T, hidden_MD[part])
+                else:
+                    grad_weight += grad_MV.T @ hidden_MD[part]
             if grad_bias is not None:
                 grad_bias += grad_MV.sum(0, dtype=torch.float32)
         return (
             grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
+            grad_weight,
             None if grad_bias is None else grad_bias.to(bias.dtype),
             *[None] * 4,
         )

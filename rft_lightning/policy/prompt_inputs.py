@@ -17,17 +17,19 @@ from rft_lightning.policy.families import base_model, family_of, part_parameters
 from rft_lightning.sample import TOKEN_TENSORS, Features, PromptBatch
 
 
-def prepared(model: Any, prompts: PromptBatch) -> PromptBatch:
+def prepared(model: Any, prompts: PromptBatch, at_once: int | None = None) -> PromptBatch:
     """The same prompts with their rope positions, and with the features of their images if those never change.
 
     Args:
         model: the policy in eval mode.
         prompts: B prompts.
+        at_once: prompts whose images go through the vision tower together; all when None.
     """
     if prompts.positions is None:
         prompts = replace(prompts, positions=prompt_positions(model, prompts)[0])
     if prompts.features is None and has_fixed_features(model):
-        prompts = replace(prompts, features=image_features(model, prompts))
+        chunks = prompts.chunks(at_once or len(prompts))
+        prompts = replace(prompts, features=[found for chunk in chunks for found in image_features(model, chunk)])
     return prompts
 
 
@@ -36,7 +38,12 @@ def has_fixed_features(model: Any) -> bool:
     if family_of(base_model(model).config) is None:
         return False
     parts = [part_parameters(model, part) for part in ("vision_tower", "projector")]
-    return all(len(part) for part in parts) and not any(p.requires_grad for part in parts for p in part.values())
+    # Frozen adapters too: the reference model is without them.
+    adapted = any(
+        f".{place}." in name for part in parts for name in part for place in ("base_layer", "modules_to_save")
+    )
+    trained = any(parameter.requires_grad for part in parts for parameter in part.values())
+    return all(len(part) for part in parts) and not adapted and not trained
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rft_lightning.errors import ConfigConflictError
+from rft_lightning.errors import CheckpointError, ConfigConflictError
 from rft_lightning.policy.decoding import CacheDecoder, Decoder, SharedDecoder
 from rft_lightning.policy.families import base_model, end_token_ids, vision_token_ids
 from rft_lightning.policy.hf_rollout import hf_sample
@@ -71,23 +71,30 @@ def sample_groups(
         step: optimiser step, so that the same sample is answered anew in each.
         engine: ``native``, or ``hf`` for the model's own ``generate``, which computes a prompt once per completion,
             returns no log-probs and draws other noise.
-        rollout_prompts: prompts whose completions grow at the same time; the next one begins when as many rows as it
-            needs are finished. All when None.
+        rollout_prompts: prompts whose completions grow at the same time; all when None. The next one begins when as
+            many rows as it needs are finished; with the ``hf`` engine, and where the prompts' keys are not shared
+            (docs/adding-a-model.md), when all are.
         cuda_graphs: on CUDA, replay decode steps as graphs instead of launching their kernels one by one.
 
     Raises:
         ConfigConflictError: a setting is out of its range.
+        CheckpointError: there is no token to end or fill completions with.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p)
     lengths = min_completion_length, max_completion_length
     _check(group_size, lengths, engine, rollout_prompts)
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     ends = end_token_ids(model, tokenizer)
+    if tokenizer.pad_token_id is None and not ends:
+        raise CheckpointError(
+            "The tokenizer has no padding token, and neither it nor the model's generation settings name one that ends "
+            "a completion. Set tokenizer.eos_token, or eos_token_id in the checkpoint's generation_config.json."
+        )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     at_once = rollout_prompts or len(prompts)
     parts: list[tuple[Tensor, Tensor | None]] = []
     with evaluating(model):
-        prompts = prepared(model, prompts)
+        prompts = prepared(model, prompts, at_once)
         shared = engine == "native" and shares_keys(model)
         for chunk in [prompts] if shared else prompts.chunks(at_once):
             if engine == "hf":
@@ -142,7 +149,7 @@ def grow(
     stops = torch.tensor(ends, device=device)
     rows = decoder.admit()
     position, finished = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
-    step, check_every = 0, CHECK_EVERY.get(device.type, 1)
+    step, check_every, begun = 0, CHECK_EVERY.get(device.type, 1), 0
     while True:
         held = (stops, position + 1 < shortest) if shortest > 1 else None
         tokens, logp = next_tokens(decoder.logits, sampling, keys_N[rows], position, forbidden, held)
@@ -152,11 +159,11 @@ def grow(
         position = position + 1
         finished = finished | torch.isin(tokens, stops) | (position == longest)
         step += 1
-        if step % check_every == 0:
+        if step % check_every == 0 or step - begun == longest:
             running = [i for i, done in enumerate(finished.tolist()) if not done]
             if not running and not decoder.waiting:
                 break
-            if decoder.drops and _worth_dropping(len(running), len(rows)):
+            if len(rows) - len(running) >= max(1, int(decoder.drop_share * len(rows))):
                 kept = torch.tensor(running, dtype=torch.long, device=device)
                 rows, tokens, position, finished = rows[kept], tokens[kept], position[kept], finished[kept]
                 decoder.keep(running)
@@ -164,14 +171,10 @@ def grow(
             decoder.extend(tokens)
         if decoder.waiting:
             new = decoder.admit()
+            begun = step if len(new) else begun
             rows, position = torch.cat([rows, new]), torch.cat([position, torch.zeros_like(new)])
             finished = torch.cat([finished, torch.zeros_like(new, dtype=torch.bool)])
     return ids_NC[:, :longest], logp_NC[:, :longest]
-
-
-def _worth_dropping(running: int, rows: int) -> bool:
-    """Moving the keys of those that stay costs about as much as some steps of those that need not."""
-    return rows - running >= max(1, rows // 8)
 
 
 def completion_mask(ids_NC: Tensor, ends: list[int]) -> tuple[Tensor, Tensor]:

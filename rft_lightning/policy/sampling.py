@@ -5,6 +5,7 @@ Shape legend: N rows, V vocabulary, K candidate tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,8 @@ def _draw(logits_NV: Tensor, sampling: Sampling, keys_N: Tensor, position: int |
     else:
         values_NK, tokens_NK = logits_NV, torch.arange(vocabulary, device=logits_NV.device)[None]
     values_NK = truncate(values_NK, sampling)
-    if sampling.top_p < 1:  # in descending order: what is left out lies behind what is kept
+    # In descending order what is left out lies behind what is kept. Anywhere else asking how much would wait.
+    if sampling.top_p < 1 and values_NK.device.type == "cpu":
         kept = int((values_NK > -torch.inf).sum(1).max())
         values_NK, tokens_NK = values_NK[:, :kept], tokens_NK[:, :kept]
     at_once = max(1, CPU_NOISE // values_NK.shape[1]) if logits_NV.device.type == "cpu" else rows
@@ -121,6 +123,6 @@ def truncate(values_NK: Tensor, sampling: Sampling) -> Tensor:
         keep_NK[:, 0] = True
         values_NK = values_NK.masked_fill(~keep_NK, -torch.inf)
     if sampling.min_p > 0:
-        floor_N1 = values_NK.amax(1, keepdim=True) + torch.tensor(sampling.min_p, device=values_NK.device).log()
+        floor_N1 = values_NK.amax(1, keepdim=True) + math.log(sampling.min_p)
         values_NK = values_NK.masked_fill(values_NK < floor_N1, -torch.inf)
     return values_NK

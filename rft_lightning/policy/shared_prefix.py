@@ -18,7 +18,6 @@ packed row, M predicting positions, D width.
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +41,9 @@ from rft_lightning.policy.prompt_inputs import model_inputs
 from rft_lightning.sample import TOKEN_TENSORS, PromptBatch
 
 PLAIN = "plain"
-_UNFIT: WeakSet[nn.Module] = WeakSet()
+# Decoders whose attention is a softmax over all tokens before, and nothing else; InternVL and LLaVA take any decoder.
+FULL_ATTENTION = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen2", "qwen3", "llama"}
+_UNFIT = "_never_shares_keys"  # an attribute of the model, so that copies have it
 FORWARDS = ("auto", PREFIX_CACHE, PACKED, PLAIN)
 # Kernels that take a dense mask as it is given. Others would drop it without a word.
 DENSE_MASK_KERNELS = ("sdpa", "eager")
@@ -160,7 +161,10 @@ def obstacle(model: Any, layout: str) -> str | None:
         if checkpointing_active(model):
             return "gradient checkpointing is on, under which Hugging Face models keep no cache (packed works)"
         return None
-    kernel = base_model(model).config.get_text_config()._attn_implementation
+    text = base_model(model).config.get_text_config()
+    if getattr(text, "sliding_window", None) and not getattr(text, "layer_types", None):
+        return f"decoder layers of {text.model_type} see a window, and their config does not say which"
+    kernel = text._attn_implementation
     if kernel not in DENSE_MASK_KERNELS:
         return f"the attention kernel {kernel!r} takes no dense mask (it needs {' or '.join(DENSE_MASK_KERNELS)})"
     return None
@@ -177,7 +181,8 @@ def shares_keys(model: Any) -> bool:
     return (
         family is not None
         and PACKED in family.layouts
-        and base not in _UNFIT
+        and text.model_type in FULL_ATTENTION
+        and not getattr(base, _UNFIT, False)
         and not family.images_both_ways
         and not has_windows(text)
         and text._attn_implementation == KERNEL
@@ -188,8 +193,8 @@ def shares_keys(model: Any) -> bool:
 
 
 def never_share_keys(model: Any) -> None:
-    """From now on :func:`shares_keys` is False for this model: the comparison with the plain route failed."""
-    _UNFIT.add(base_model(model))
+    """From now on :func:`shares_keys` is False for this model and copies of it: it failed the comparison."""
+    setattr(base_model(model), _UNFIT, True)
 
 
 def group_row(prompt: PromptBatch, lengths: list[list[int]], width: int) -> GroupRow:
