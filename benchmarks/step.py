@@ -74,15 +74,17 @@ def datamodule(settings: argparse.Namespace) -> Any:
     )
 
 
-def ours(settings: argparse.Namespace) -> None:
+def ours(settings: argparse.Namespace) -> dict[str, Any]:
     from lightning.pytorch import Callback, Trainer
 
     from rft_lightning import GRPOModule, GRPOObjective
 
     class Report(Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
+        def on_train_batch_end(self, _: Any, module: GRPOModule, *__: Any) -> None:
+            phases.append(dict(module.workload.seconds))
             turns.ended()
 
+    phases: list[dict[str, float]] = []
     turns = Turns()
     module = GRPOModule(
         settings.folder,
@@ -106,9 +108,10 @@ def ours(settings: argparse.Namespace) -> None:
         callbacks=[Report()],
     )
     trainer.fit(module, datamodule=datamodule(settings))
+    return {"phases": {name: statistics.median(found[name] for found in phases[1:]) for name in phases[0]}}
 
 
-def trl(settings: argparse.Namespace) -> None:
+def trl(settings: argparse.Namespace) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -150,14 +153,15 @@ def trl(settings: argparse.Namespace) -> None:
         callbacks=[Report()],
     )
     trainer.train()
+    return {}
 
 
 def work(settings: argparse.Namespace) -> None:
-    """One trainer; the last line on stdout states the memory."""
+    """One trainer; the last line on stdout states the memory and, of ours, the seconds of the phases."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    {"trl": trl, "ours": ours}[settings.worker](settings)
-    found = {"memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    found = {"trl": trl, "ours": ours}[settings.worker](settings)
+    found |= {"memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if torch.cuda.is_available():
         found["device_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
     print(f"{MARK}{json.dumps(found)}", flush=True)
@@ -259,6 +263,9 @@ def table(results: dict[str, Any]) -> str:
                 ratio = row["ratio"]
                 line += f"{ratio['median']:>12.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
             lines.append(line)
+        if "ours" in row:
+            phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in row["ours"]["phases"].items())
+            lines.append(f"{'':<8}ours by phase, s: {phases}")
     return "\n".join(lines)
 
 

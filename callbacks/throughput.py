@@ -148,9 +148,12 @@ class Throughput(Callback):
             return {}
         # The features of frozen parts are needed once, which the rollout is credited with.
         vision = not (costs.vision_is_frozen and work.rolled_out)
-        forward = sum(costs.forward(piece, vision=vision) for piece in work.trained)
-        backward = sum(costs.backward(piece) for piece in work.trained)
-        update = (work.scoring_passes + work.training_passes) * forward + work.training_passes * backward
+        scoring = sum(costs.forward(piece, vision=vision) for piece in work.trained)
+        training = sum(
+            costs.forward(piece, vision=vision and not work.one_tower_pass) + costs.backward(piece)
+            for piece in work.trained
+        )
+        update = work.scoring_passes * scoring + work.training_passes * training
         seconds = work.seconds.get("logprobs", 0.0) + work.seconds["update"]
         limits = {"throughput/mfu/update": (update, seconds * self._flops)}
         if work.rolled_out:

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ from rft_lightning.errors import ConfigConflictError
 from rft_lightning.kl import sequence_kl
 from rft_lightning.objectives import GRPOObjective, entropy_threshold
 from rft_lightning.policy.loading import evaluating, frozen_copy, load_policy
+from rft_lightning.policy.prompt_inputs import (
+    can_keep_graph,
+    has_fixed_features,
+    image_features,
+)
 from rft_lightning.policy.sampling import Sampling
 from rft_lightning.policy.shared_prefix import (
     PLAIN,
@@ -32,7 +38,7 @@ from rft_lightning.policy.shared_prefix import (
 from rft_lightning.policy_module import PolicyModule
 from rft_lightning.rollout_batches import BatchCounts, MicroBatch, count_tokens, cut
 from rft_lightning.run_statistics import Clock, Workload, is_count, length_statistics, rollout_sizes
-from rft_lightning.sample import PromptBatch, Rollouts
+from rft_lightning.sample import Features, PromptBatch, Rollouts
 from rft_lightning.scoring import Scores, join_scores, score_rollouts, statistics
 
 COEFFICIENTS = "coefficients"
@@ -123,6 +129,9 @@ class GRPOModule(PolicyModule):
         self.objective = GRPOObjective() if objective is None else copy.deepcopy(objective)
         self._set_up_objective(kl_controller, entropy_controller)
         self._logged: set[str] = set()
+        # Of the training batch at hand, with their graph, where rollout and update share one pass of the tower. They
+        # are those of the policy as it is now, so no batch or rollout carries them out of a step.
+        self._live_features: list[Features] | None = None
         # Of the last training batch, for callbacks.
         self.workload: Workload | None = None
         # Outside the module tree: no optimiser, checkpoint or train() reaches the reference model.
@@ -214,6 +223,11 @@ class GRPOModule(PolicyModule):
                 "alike, but with baseline batch they teach as well. Set oversample to 1, or another baseline."
             )
         clock = Clock()
+        assert self.policy is not None
+        self._live_features = None
+        if self._keeps_graph(batch):
+            with evaluating(self.policy):
+                self._live_features = image_features(self.policy, batch)
 
         def sample(wave: PromptBatch) -> tuple[Rollouts, Scores]:
             rollouts = self.roll_out(wave)
@@ -253,21 +267,40 @@ class GRPOModule(PolicyModule):
             layout=self.layout,
             scoring_passes=sum(logp is not None for logp in (first.ref_logp, first.old_logp)),
             training_passes=(self.global_step - start) / len(mini_batches),
+            one_tower_pass=self._live_features is not None,
         )
+        self._live_features = None
         self._log_batch({**values, **clock.statistics()}, len(rollouts))
+
+    def _with_live_features(self, batch: PromptBatch) -> PromptBatch:
+        return batch if self._live_features is None else replace(batch, features=self._live_features)
+
+    def _keeps_graph(self, batch: PromptBatch) -> bool:
+        """Whether rollout and update share one pass of a trained vision tower, its graph included.
+
+        There must be one backward, right after the rollout, and nobody who would rather save the memory.
+        """
+        size = len(batch)
+        one_backward = self.num_iterations == 1 and batch.waves == 1
+        one_backward &= min(self.mini_batch_prompts or size, self.micro_batch_prompts or size) >= size
+        settings = one_backward and self.device_mesh is None and not self.gradient_checkpointing
+        return settings and can_keep_graph(self.policy) and not has_fixed_features(self.policy)
 
     def roll_out(
         self, batch: PromptBatch, *, group_size: int | None = None, temperature: float | None = None
     ) -> Rollouts:
         """G sampled answers to each prompt, `rollout_prompts` prompts at a time."""
-        return self.generate(
-            batch,
+        rollouts = self.generate(
+            self._with_live_features(batch),
             group_size or self.group_size,
             temperature=self.temperature if temperature is None else temperature,
             step=self.global_step,
             rollout_prompts=self.rollout_prompts,
             **self.sampling,
         )
+        if self._live_features is not None:
+            rollouts.prompts = replace(rollouts.prompts, features=None)
+        return rollouts
 
     def score(self, rollouts: Rollouts) -> Scores:
         """Read and reward every completion."""
@@ -317,7 +350,7 @@ class GRPOModule(PolicyModule):
         if self.objective.needs_reference:
             with self.reference_model() as reference:
                 for micro in micro_batches:
-                    micro.ref_logp = self._logprobs(reference, micro)[0]
+                    micro.ref_logp = self._logprobs(reference, micro, of_policy=False)[0]
         # With a single step the policy is still the one that sampled, and its ratio is 1 without a second forward.
         steps = self.num_iterations * len(mini_batches)
         entropies = self.objective.top_entropy_quantile < 1
@@ -418,13 +451,15 @@ class GRPOModule(PolicyModule):
         model: nn.Module | None,
         micro: MicroBatch,
         *,
+        of_policy: bool = True,
         with_entropy: bool = False,
         entropy_gradient: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         assert model is not None
+        prompts = self._with_live_features(micro.rollouts.prompts) if of_policy else micro.rollouts.prompts
         logp_BGC, entropy_BGC = group_logprobs_and_entropies(
             model,
-            micro.rollouts.prompts,
+            prompts,
             micro.rollouts.completion_ids,
             micro.rollouts.completion_mask,
             temperature=self.temperature,

@@ -102,6 +102,7 @@ class Workload:
         layout: how their log-probs were computed: ``prefix_cache``, ``packed`` or ``plain``.
         scoring_passes: forward passes over `trained` without gradient: by the reference model, and for old log-probs.
         training_passes: forward and backward passes over `trained`.
+        one_tower_pass: the training forward took the features of the rollout, with their graph.
     """
 
     seconds: dict[str, float]
@@ -110,6 +111,7 @@ class Workload:
     layout: str
     scoring_passes: int
     training_passes: float
+    one_tower_pass: bool = False
 
 
 def forward_slots(sizes: GroupSizes, layout: str, *, one_row: bool) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The start-up self-check: does a shared-prefix layout give the log-probs of the plain route on one tiny group?
+"""The start-up self-check: does a shared-prefix layout give the plain route's log-probs and gradients on tiny groups?
 
 A wrong layout raises nothing: a mask that a kernel ignores, a recurrence that runs through other completions or a
 second mask left out change the numbers alone. The table in families.py says what should be exact; this says what is.

@@ -4,14 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
+from rft_lightning import GRPOModule, GRPOObjective
 from rft_lightning.policy.families import FAMILIES, base_model, prompt_positions
 from rft_lightning.policy.loading import frozen_copy, load_policy
 from rft_lightning.policy.plain import plain_group_logprobs
-from rft_lightning.policy.prompt_inputs import has_fixed_features, image_features, prepared
+from rft_lightning.policy.prompt_inputs import can_keep_graph, has_fixed_features, image_features, prepared
 from rft_lightning.policy.rollout import sample_groups
 from rft_lightning.policy.shared_prefix import group_logprobs
 from rft_lightning.rollout_batches import join_rollouts
+from tests.test_grpo import data, grpo, weights
 from tests.test_rollout import setting
 from tests.test_shared_prefix import completions, relative, value_and_gradient
 
@@ -150,3 +153,57 @@ def test_waves_of_dynamic_sampling_keep_what_was_worked_out(family_folder):
         expected = plain_group_logprobs(model, batch, ids, mask)[0]
     assert not calls
     assert (found - expected)[mask].abs().max() < 2e-5
+
+
+def learned(tiny_policy, make_trainer, monkeypatch, **options):
+    """Weights after two steps, and how often the policy's tower ran in the second."""
+    module = grpo(tiny_policy, objective=GRPOObjective(beta=0.04), **options)
+    module.configure_model()
+    calls, counts = [], []
+    count_towers(module.policy, calls)
+
+    class Count(Callback):
+        def on_train_batch_start(self, *_):
+            calls.clear()
+
+        def on_train_batch_end(self, *_):
+            counts.append(len(calls))
+
+    make_trainer(2, callbacks=[Count()]).fit(module, datamodule=data(tiny_policy))
+    return weights(module), counts[-1]
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
+def test_rollout_and_update_share_one_pass_of_a_trained_tower(tiny_policy, make_trainer, monkeypatch, lora):
+    """With its graph: the update is that of a tower that runs twice. The reference model's are not counted."""
+    shared, once = learned(tiny_policy, make_trainer, monkeypatch, lora=lora)
+    monkeypatch.setattr(GRPOModule, "_keeps_graph", lambda self, batch: False)
+    apart, twice = learned(tiny_policy, make_trainer, monkeypatch, lora=lora)
+    with_adapters_off = 0 if lora is None else 1
+    assert (once, twice) == (1 + with_adapters_off, 2 + with_adapters_off)
+    start = grpo(tiny_policy, lora=lora)
+    start.configure_model()
+    before = weights(start)
+    moved = {name: apart[name] - before[name] for name in before}
+    tower = [name for name in moved if ".visual." in name and moved[name].abs().max() > 0]
+    assert tower
+    for names in (tower, list(moved)):
+        error = sum((shared[name] - apart[name]).square().sum() for name in names)
+        assert float((error / sum(moved[name].square().sum() for name in names)).sqrt()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"micro_batch_prompts": 2}, {"num_iterations": 2}, {"mini_batch_prompts": 2}, {"gradient_checkpointing": True}],
+    ids=str,
+)
+def test_the_graph_is_kept_only_for_one_backward(tiny_policy, options):
+    module = grpo(tiny_policy, **options)
+    module.configure_model()
+    samples = data(tiny_policy)
+    assert not module._keeps_graph(samples.encoder([samples.sample("train", i) for i in range(4)]))
+
+
+def test_features_that_drop_out_are_not_kept(tiny_policy):
+    assert can_keep_graph(load_policy(tiny_policy))
+    assert not can_keep_graph(load_policy(tiny_policy, lora={"r": 4, "lora_dropout": 0.1}))

@@ -289,7 +289,7 @@ def test_the_numbers_of_a_run_are_those_of_a_hand_computation(tiny_policy, make_
 
 def test_old_log_probs_and_further_iterations_count(tiny_policy, make_trainer):
     def operations(**kwargs):
-        module = grpo(tiny_policy, **kwargs)
+        module = grpo(tiny_policy, micro_batch_prompts=2, **kwargs)  # of one, rollout and update share the tower's pass
         (logged, *_) = fitted(module, make_trainer, data(tiny_policy), steps=2 if kwargs.get("num_iterations") else 1)
         seconds = logged["train/time/logprobs"] + logged["train/time/update"]
         forward = sum(policy_costs(module.policy).forward(piece) for piece in module.workload.trained)
@@ -299,6 +299,16 @@ def test_old_log_probs_and_further_iterations_count(tiny_policy, make_trainer):
     assert 2.9 < once < 3.0  # forward and backward
     assert operations(objective=GRPOObjective(beta=0.04)) == pytest.approx(once + 1, rel=1e-3)
     assert operations(objective=GRPOObjective(beta=0.0), num_iterations=2) == pytest.approx(2 * once + 1, rel=1e-3)
+
+
+def test_a_tower_pass_that_rollout_and_update_share_counts_once(tiny_policy, make_trainer):
+    module = grpo(tiny_policy, objective=GRPOObjective(beta=0.0), micro_batch_prompts=None)
+    (logged,) = fitted(module, make_trainer, data(tiny_policy))
+    costs, pieces = policy_costs(module.policy), module.workload.trained
+    assert module.workload.one_tower_pass
+    needed = sum(costs.forward(piece, vision=False) + costs.backward(piece) for piece in pieces)
+    seconds = logged["train/time/logprobs"] + logged["train/time/update"]
+    assert logged["train/throughput/mfu/update"] * seconds * PEAK == pytest.approx(needed, rel=1e-3)
 
 
 def test_a_frozen_tower_counts_once(tiny_policy, make_trainer):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rft_lightning.policy.families import base_model, family_of, part_parameters, prompt_positions
 from rft_lightning.sample import TOKEN_TENSORS, Features, PromptBatch
@@ -29,7 +29,8 @@ def prepared(model: Any, prompts: PromptBatch, at_once: int | None = None) -> Pr
         prompts = replace(prompts, positions=prompt_positions(model, prompts)[0])
     if prompts.features is None and has_fixed_features(model):
         chunks = prompts.chunks(at_once or len(prompts))
-        prompts = replace(prompts, features=[found for chunk in chunks for found in image_features(model, chunk)])
+        with torch.no_grad():
+            prompts = replace(prompts, features=[found for chunk in chunks for found in image_features(model, chunk)])
     return prompts
 
 
@@ -46,9 +47,17 @@ def has_fixed_features(model: Any) -> bool:
     return all(len(part) for part in parts) and not adapted and not trained
 
 
-@torch.no_grad()
+def can_keep_graph(model: Any) -> bool:
+    """Whether features made in eval mode are those of a training forward, gradients included: nothing drops out."""
+    base = base_model(model)
+    vision = base.config.vision_config
+    rates = [getattr(vision, name, 0.0) for name in ("attention_dropout", "hidden_dropout", "dropout")]
+    drops = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    return family_of(base.config) is not None and not any(rate for rate in (*rates, *drops) if rate)
+
+
 def image_features(model: Any, prompts: PromptBatch) -> list[Features]:
-    """The features of each prompt's images, as the family gives them."""
+    """The features of each prompt's images, as the family gives them; with their graph where gradients are on."""
     inputs = {name: tensor for name, tensor in prompts.vision.items() if name not in TOKEN_TENSORS}
     found = base_model(model).model.get_image_features(**inputs, return_dict=True)
     pooled = found.pooler_output
