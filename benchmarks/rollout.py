@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from random_policy import DEVICE, build, load, machine, now, prompts_of, seconds, sizes
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_hook
 
 from rft_lightning.policy.families import end_token_ids, repeat_prompts, vision_token_ids
 from rft_lightning.policy.loading import DTYPES, load_processor
@@ -100,11 +101,14 @@ def end_of_prefill(model: Any, rows: int) -> Iterator[list[float]]:
     """Yields a list whose last entry is when the decoder had read the prompts: a decode step has one token per row."""
     ends: list[float] = []
 
-    def note(_: Any, __: Any, kwargs: dict[str, Any], ___: Any) -> None:
-        if kwargs["inputs_embeds"].shape[:2].numel() > rows:
+    decoder = model.model.language_model
+
+    def note(module: Any, _: Any, output: Any) -> None:
+        if module is decoder and output.last_hidden_state.shape[:2].numel() > rows:
             ends.append(now())
 
-    hook = model.model.language_model.register_forward_hook(note, with_kwargs=True)
+    # One for all modules: a hook on the decoder itself would keep ours from its lean step.
+    hook = register_module_forward_hook(note)
     try:
         yield ends
     finally:
