@@ -15,6 +15,11 @@ warnings.filterwarnings("ignore", message=".*litlogger.*")
 pytest.register_assert_rewrite("tests.datamodule_checks")
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory) -> str:
     """Folder of a Qwen2-VL of 0.2 M random parameters with tokenizer and processor."""
