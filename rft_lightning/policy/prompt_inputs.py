@@ -50,10 +50,11 @@ def has_fixed_features(model: Any) -> bool:
 def can_keep_graph(model: Any) -> bool:
     """Whether features made in eval mode are those of a training forward, gradients included: nothing drops out."""
     base = base_model(model)
+    if family_of(base.config) is None:
+        return False
     vision = base.config.vision_config
     rates = [getattr(vision, name, 0.0) for name in ("attention_dropout", "hidden_dropout", "dropout")]
-    drops = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    return family_of(base.config) is not None and not any(rate for rate in (*rates, *drops) if rate)
+    return not any([*rates, *(module.p for module in model.modules() if isinstance(module, nn.Dropout))])
 
 
 def image_features(model: Any, prompts: PromptBatch) -> list[Features]:
