@@ -51,12 +51,8 @@ def build(name: str, folder: Path, **text: Any) -> Path:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(DTYPES[wanted["dtype"]])
-        model = Qwen2VLForConditionalGeneration(config)
-        torch.set_default_dtype(before)
+    with torch.device(DEVICE):
+        model = Qwen2VLForConditionalGeneration(config).to(DTYPES[wanted["dtype"]])
     model.generation_config.eos_token_id = ids["<|im_end|>"]
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     pixels = wanted["image_side"] ** 2

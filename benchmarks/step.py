@@ -21,14 +21,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from random_policy import build, machine, sizes
+from random_policy import build, machine, now, sizes
 
 BETA, LEARNING_RATE, TRAINERS = 0.04, 1e-6, ("trl", "ours")
 MARK = "step: "
@@ -44,12 +43,11 @@ class Turns:
         self.begun: float | None = None
 
     def ended(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        ended = now()
         if self.begun is not None:
-            print(f"{MARK}{json.dumps(time.perf_counter() - self.begun)}", flush=True)
+            print(f"{MARK}{json.dumps(ended - self.begun)}", flush=True)
         sys.stdin.readline()
-        self.begun = time.perf_counter()
+        self.begun = now()
 
 
 def reward_of(text: str) -> float:

@@ -155,7 +155,7 @@ def test_waves_of_dynamic_sampling_keep_what_was_worked_out(family_folder):
     assert (found - expected)[mask].abs().max() < 2e-5
 
 
-def learned(tiny_policy, make_trainer, monkeypatch, **options):
+def learned(tiny_policy, make_trainer, **options):
     """Weights after two steps, and how often the policy's tower ran in the second."""
     module = grpo(tiny_policy, objective=GRPOObjective(beta=0.04), **options)
     module.configure_model()
@@ -176,9 +176,9 @@ def learned(tiny_policy, make_trainer, monkeypatch, **options):
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
 def test_rollout_and_update_share_one_pass_of_a_trained_tower(tiny_policy, make_trainer, monkeypatch, lora):
     """With its graph: the update is that of a tower that runs twice. The reference model's are not counted."""
-    shared, once = learned(tiny_policy, make_trainer, monkeypatch, lora=lora)
+    shared, once = learned(tiny_policy, make_trainer, lora=lora)
     monkeypatch.setattr(GRPOModule, "_keeps_graph", lambda self, batch: False)
-    apart, twice = learned(tiny_policy, make_trainer, monkeypatch, lora=lora)
+    apart, twice = learned(tiny_policy, make_trainer, lora=lora)
     with_adapters_off = 0 if lora is None else 1
     assert (once, twice) == (1 + with_adapters_off, 2 + with_adapters_off)
     start = grpo(tiny_policy, lora=lora)

@@ -480,7 +480,9 @@ def test_a_kernel_that_does_not_know_our_mask_cannot_take_it(family_folder, monk
     model, prompt = load_policy(folder), encoded(folder)
     ids, mask = completions(len(prompt), 2)
     group_logprobs(model, prompt, ids, mask)
-    monkeypatch.setattr(group_attention, "GroupMask", type("Another", (torch.Tensor,), {}))
-    monkeypatch.setattr("rft_lightning.policy.shared_prefix.as_mask", lambda groups, device: torch.empty(1, 1, 0, 0))
+    as_mask = group_attention.as_mask
+    monkeypatch.setattr(
+        "rft_lightning.policy.shared_prefix.as_mask", lambda *given: as_mask(*given).as_subclass(torch.Tensor)
+    )
     with pytest.raises((RuntimeError, IndexError)):
         group_logprobs(model, prompt, ids, mask)

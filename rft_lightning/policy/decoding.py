@@ -36,6 +36,9 @@ from rft_lightning.sample import PromptBatch
 _COMPARED: WeakKeyDictionary[nn.Module, tuple[type, ...] | None] = WeakKeyDictionary()
 # Room for completion tokens at first; doubled when it is used up.
 FIRST_ROOM = 64
+# Moving the keys of the rows that stay costs about as much as some steps of those that need not; a graph has to be
+# recorded anew.
+DROP_SHARE, DROP_SHARE_OF_GRAPHS, NEVER_DROP = 0.125, 0.5, 2.0
 
 
 class Decoder(Protocol):
@@ -94,9 +97,7 @@ class SharedDecoder:
         self._pool: Any = torch.cuda.graph_pool_handle() if capture and self.device.type == "cuda" else None
         base = base_model(model)
         self.lean = lean_step(model, self.most_rows) if _COMPARED.get(base, ()) is not None else None
-        # Moving the keys of the rows that stay costs about as much as some steps of those that need not; a graph has
-        # to be recorded anew.
-        self.drop_share = 0.5 if capture else 0.125
+        self.drop_share = DROP_SHARE_OF_GRAPHS if capture else DROP_SHARE
 
     # Rows come and go
 
@@ -139,9 +140,8 @@ class SharedDecoder:
         self.layers = self.layers or [GroupCache() for _ in cache.layers]
         filled: Any
         for layer, filled in zip(self.layers, cache.layers, strict=True):
-            keys, values = same_dtype(
-                filled.keys, filled.values
-            )  # under autocast a cache keeps what it was given first
+            # Under autocast the cache keeps both in the dtype of the first keys it was given.
+            keys, values = same_dtype(filled.keys, filled.values)
             layer.add(keys, values, width, new, self.room)
 
     def keep(self, rows: list[int]) -> None:
@@ -206,6 +206,7 @@ class SharedDecoder:
     def _check_lean_step(self, tokens_n: Tensor, width: int, column: int | None) -> None:
         """Once per model: the lean step's logits beside those of the model's own forward."""
         lean, self.lean = self.lean, None
+        assert lean is not None
         expected = self._forward(tokens_n, width, column).float().log_softmax(1)
         self.lean = lean
         found = self._forward(tokens_n, width, column).float().log_softmax(1)
@@ -213,7 +214,7 @@ class SharedDecoder:
         error = float((found - expected).abs().mean())
         exact = base.dtype == torch.float32 and not torch.is_autocast_enabled(self.device.type)
         if error <= (1e-3 if exact and torch.get_float32_matmul_precision() == "highest" else 0.1):
-            _COMPARED[base] = lean.kind if lean is not None else None
+            _COMPARED[base] = lean.kind
             return
         rank_zero_warn(
             f"The lean decode step gives other log-probs than {type(base).__name__} itself (by {error:.2g} nats on "
@@ -306,7 +307,7 @@ class CacheDecoder:
         family = family_of(base_model(model).config)
         self.model, self.prompts, self.group_size = model, prompts, group_size
         self.repeats = family is not None and len(family.layouts) > 0
-        self.drop_share = 0.125 if self.repeats else 2.0
+        self.drop_share = DROP_SHARE if self.repeats else NEVER_DROP
         self.waiting = len(prompts)
         self.logits = torch.empty(0)
 

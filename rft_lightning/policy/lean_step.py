@@ -1,8 +1,8 @@
 """A decode step with nothing but its arithmetic: the decoder's weights, driven without the model's own forward.
 
-For a few rows of one token the models' forwards spend most of their time around the products: masks, wrappers, norms in
-six operations, positions in three dimensions that are equal for text. This runs the same layers in a third of the
-operations, which on a CPU is time and in a CUDA graph is kernels. Only decoders built as the Llama kind is are taken
+For a few rows of one token the models' forwards do much around the products: masks, wrappers, norms in six operations,
+positions in three dimensions that are equal for text. This runs the same layers in fewer operations, which on a CPU is
+time and in a CUDA graph is kernels. Only decoders built as the Llama kind is are taken
 (:func:`lean_step` looks at their parts), and the first step is compared with the model's own.
 
 Shape legend: n rows, H heads, h key heads, d width of a head, D width of the decoder, V vocabulary.
