@@ -13,7 +13,8 @@ from rft_lightning.checkpointing import check_export_folder, export_policy
 class HFExport(Callback):
     """Writes policy and processor so that plain transformers load them from the folder.
 
-    The processor is the one of the training prompts, its image size included.
+    The processor is the one of the training prompts, its image size included. A model card tells what the policy was
+    made of, on which rows, with which configuration, and what the last validation measured.
 
     Args:
         output_dir: where to write; an earlier export there is replaced. None: ``policy`` in the first logger's folder.
@@ -35,7 +36,7 @@ class HFExport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        policy = pl_module.whole_policy()  # type: ignore[operator]
+        policy, record = pl_module.whole_policy(), pl_module.record()  # type: ignore[operator]
         if trainer.is_global_zero:
-            export_policy(policy, pl_module.prompt_processor, self._folder)
+            export_policy(policy, pl_module.prompt_processor, self._folder, record=record)
             rank_zero_info(f"The tuned policy is in {self._folder}; use it as --model.policy {self._folder}")

@@ -100,6 +100,7 @@ class RFTDataModule(LightningDataModule, ABC):
         }
         self._encoder: PromptEncoder | None = None
         self._splits: dict[str, Sequence[Sample]] = {}
+        self._row_ids: dict[str, list[str]] = {}
 
     @abstractmethod
     def samples(self, split: str) -> Sequence[Sample]:
@@ -162,6 +163,13 @@ class RFTDataModule(LightningDataModule, ABC):
                 raise DatasetNotFoundError(f"The {name} split of {type(self).__name__} has no samples.")
             self._splits[name] = samples
         return self._splits[name]
+
+    def row_ids(self) -> dict[str, list[str]]:
+        """The ids of the rows of every split that was built, in their order."""
+        for name, samples in self._splits.items():
+            if name not in self._row_ids:
+                self._row_ids[name] = [str(sample.id) for sample in samples]
+        return dict(self._row_ids)
 
     def setup(self, stage: str) -> None:
         """Build the splits of a stage, so that missing data fails before the model is moved or trained."""

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import rft_lightning.callbacks
@@ -21,7 +22,9 @@ from rft_lightning.config_files import install_loader
 from rft_lightning.datamodules import RFTDataModule
 from rft_lightning.errors import CheckpointError, ConfigConflictError, RFTError
 from rft_lightning.export import export
+from rft_lightning.failures import remedy
 from rft_lightning.grpo import GRPOModule  # noqa: F401
+from rft_lightning.interruption import Interrupted
 from rft_lightning.policy_module import PolicyModule
 from rft_lightning.prepare import named_errors, run_prepare, settle_processor
 from rft_lightning.score import run_score
@@ -77,16 +80,18 @@ class RFTCLI(LightningCLI):
 
 
 def configs(copy: str | None = None) -> None:
-    """List the configuration files that come with the package, or copy them to a folder.
+    """List the configuration files and job scripts that come with the package, or copy them to a folder.
 
     Args:
         copy: folder to copy them to; files that exist there are left alone and named.
     """
     root = Path(str(resources.files("rft_lightning.configs")))
-    files = sorted(path.relative_to(root) for path in root.rglob("*.yaml"))
+    found = (path for path in root.rglob("*") if path.suffix in (".yaml", ".sh", ".sbatch"))
+    files = sorted(path.relative_to(root) for path in found)
     if copy is None:
         for file in files:
-            first = (root / file).read_text(encoding="utf-8").splitlines()[0]
+            lines = (root / file).read_text(encoding="utf-8").splitlines()
+            first = lines[lines[0].startswith("#!")]
             print(f"{file!s:36} {first.removeprefix('#').strip() if first.startswith('#') else ''}".rstrip())
         print(f"\nThey lie in {root}; `rft configs --copy FOLDER` copies them.")
         return
@@ -145,9 +150,21 @@ def run(args: ArgsType = None) -> Any:
 
 
 def main(args: ArgsType = None) -> None:
-    """The command line. Given `args`, named errors are raised; from a terminal they are one line and exit status 2."""
+    """The command line. Given `args`, named errors are raised; from a terminal they are one line and exit status 2.
+
+    A run that was interrupted and saved has exit status 75 (EX_TEMPFAIL) and says in its last line how to go on.
+    """
     try:
         run(args)
+    except Interrupted as stop:
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            print(f"rft: {stop}", file=sys.stderr)
+        raise
+    except RuntimeError as error:
+        advice = remedy(error)
+        if advice is not None:
+            error.add_note(f"rft: {advice}")
+        raise
     except RFTError as error:
         if args is not None:
             raise

@@ -23,6 +23,11 @@ def everywhere(condition: bool) -> bool:
     return all(gather_objects(condition))
 
 
+def anywhere(condition: bool) -> bool:
+    """Whether a condition holds on some process. All processes must call it."""
+    return any(gather_objects(condition))
+
+
 def rank() -> int:
     """The number of this process."""
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

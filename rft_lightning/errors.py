@@ -28,6 +28,14 @@ class CheckpointError(RFTError):
     """A policy checkpoint cannot be found, or is not a vision-language model."""
 
 
+class CheckpointSaveError(RFTError):
+    """A checkpoint could not be written; the one before it is whole."""
+
+
+class DeviceMemoryError(RFTError):
+    """A device has not enough memory, and what can be done about it without the user has been done."""
+
+
 class PromptTooLongError(RFTError):
     """A prompt has more tokens than the limit. Prompts are never truncated."""
 

@@ -10,13 +10,17 @@ from rft_lightning.policy.loading import load_config, load_processor, resolve_ch
 from rft_lightning.policy_module import PolicyModule
 
 
-def export(ckpt: str, output_dir: str | None = None, policy: str | None = None) -> None:
+def export(ckpt: str, output_dir: str | None = None, policy: str | None = None, merge: bool = True) -> None:
     """Write the tuned policy of a checkpoint as a folder that plain transformers load.
 
+    One process does it, of whatever strategy and number of processes the checkpoint is, and holds the weights once.
+
     Args:
-        ckpt: a .ckpt file of `rft fit`, such as runs/csv/version_0/checkpoints/last.ckpt.
+        ckpt: a checkpoint of `rft fit`, such as runs/csv/version_0/checkpoints/last.ckpt: a file, or the folder that
+            `fsdp2` writes.
         output_dir: folder to write; an earlier export there is replaced. `policy` in the run's folder by default.
         policy: the checkpoint that training started from, where it has moved since.
+        merge: merge LoRA adapters into the weights; false writes the adapters alone, for peft.
     """
     record = read_record(ckpt)
     base, folder = policy or record["policy"], Path(output_dir or default_folder(ckpt))
@@ -32,11 +36,17 @@ def export(ckpt: str, output_dir: str | None = None, policy: str | None = None) 
             f"{folder} is the policy that training started from, which the checkpoint still needs. Choose another "
             "output_dir."
         )
+    if not merge and record["settings"]["lora"] is None:
+        raise ConfigConflictError(f"{ckpt} has no adapters: all weights were trained. Leave out --merge false.")
     module = PolicyModule(base, **record["settings"])
     module.load_for_sampling(ckpt)
     assert module.policy is not None
-    export_policy(module.policy, load_processor(base, **record["pixel_limits"]), folder)
-    print(f"The tuned policy is in {folder}; use it as --model.policy {folder}, or with plain transformers")
+    processor = load_processor(base, **record["pixel_limits"])
+    export_policy(module.policy, processor, folder, record=record, merge=merge, in_place=True)
+    if merge:
+        print(f"The tuned policy is in {folder}; use it as --model.policy {folder}, or with plain transformers")
+    else:
+        print(f"The adapters are in {folder}; use them with peft, over {base}")
 
 
 def default_folder(ckpt: str) -> Path:

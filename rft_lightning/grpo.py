@@ -170,13 +170,16 @@ class GRPOModule(PolicyModule):
         evaluating = self._trainer is not None and self._trainer.state.fn != "fit"
         if self.objective.beta > 0 and self.lora is None and not self._reference and not evaluating:
             assert self.policy is not None
-            self._reference = (frozen_copy(self.policy) if self.device_mesh is None else self._sharded_reference(),)
+            copied = self.device_mesh is None  # sharded models cannot be copied
+            self._reference = (
+                frozen_copy(self.policy) if copied else self._sharded(self._load_reference, of_policy=False),
+            )
 
-    def _sharded_reference(self) -> nn.Module:
-        """Loaded anew: sharded models cannot be copied."""
-        reference = load_policy(self.checkpoint, dtype=self.dtype_name, attn_implementation=self.attn_implementation)
-        self._shard(reference.eval().requires_grad_(False))
-        return reference
+    def _load_reference(self, *, skeleton: bool = False) -> nn.Module:
+        reference = load_policy(
+            self.checkpoint, dtype=self.weight_dtype, attn_implementation=self.attn_implementation, skeleton=skeleton
+        )
+        return reference.eval().requires_grad_(False)
 
     def on_fit_start(self) -> None:
         """Move the reference model, which Lightning does not know."""
@@ -209,6 +212,7 @@ class GRPOModule(PolicyModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue with the coefficients as they were; one that did not adapt then starts from the objective's."""
+        super().on_load_checkpoint(checkpoint)
         for name, state in checkpoint.get(COEFFICIENTS, {}).items():
             if name in self.controllers:
                 self.controllers[name].load_state_dict(state)
@@ -298,6 +302,8 @@ class GRPOModule(PolicyModule):
             rollout_prompts=self.rollout_prompts,
             **self.sampling,
         )
+        # As statistics tell it; a device without enough memory has lowered it.
+        self.rollout_prompts = self._fitting.get(self.group_size, self.rollout_prompts)
         if self._live_features is not None:
             rollouts.prompts = replace(rollouts.prompts, features=None)
         return rollouts
@@ -378,12 +384,18 @@ class GRPOModule(PolicyModule):
         """`num_iterations` passes of optimiser steps; returns statistics averaged over them."""
         counts = self._counts(mini_batches)
         totals: list[dict[str, Tensor]] = []
+        skipped = 0
         for _ in range(self.num_iterations):
             for mini in mini_batches:
                 if self.reached_max_steps():
                     break
-                totals.append(self._mini_step(mini, advantages_N, counts))
-        return {name: float(torch.stack([t[name] for t in totals]).mean()) for name in totals[0]} if totals else {}
+                measured = self._mini_step(mini, advantages_N, counts)
+                if measured is None:
+                    skipped += 1
+                else:
+                    totals.append(measured)
+        values = {name: float(torch.stack([t[name] for t in totals]).mean()) for name in totals[0]} if totals else {}
+        return {**values, "skipped_steps": skipped} if self.on_nonfinite == "skip" else values
 
     def _counts(self, mini_batches: list[list[MicroBatch]]) -> BatchCounts:
         micro_batches = [micro for mini in mini_batches for micro in mini]
@@ -400,7 +412,8 @@ class GRPOModule(PolicyModule):
         tokens, acting_tokens = self.trainer.strategy.reduce(local, reduce_op="mean").tolist()
         return BatchCounts(sum(map(len, masks)), tokens, acting_tokens, threshold)
 
-    def _mini_step(self, mini: list[MicroBatch], advantages_N: Tensor, counts: BatchCounts) -> dict[str, Tensor]:
+    def _mini_step(self, mini: list[MicroBatch], advantages_N: Tensor, counts: BatchCounts) -> dict[str, Tensor] | None:
+        """One optimiser step and its statistics; None where it was skipped."""
         share = sum(len(micro.mask) for micro in mini) / counts.completions
         coefficients = {name: controller.value for name, controller in self.controllers.items()}
         collected: list[tuple[dict[str, Tensor], int, Tensor]] = []
@@ -430,6 +443,8 @@ class GRPOModule(PolicyModule):
 
         names = [sample.id for micro in mini for sample in micro.rollouts.prompts.samples]
         loss = self.optimiser_step(mini, loss_of, names)
+        if loss is None:
+            return None
         everyone = gather_objects(_on_host(loss, collected))
         parts = [part for _, parts in everyone for part in parts]
         measured = self.objective.combine_statistics(parts)

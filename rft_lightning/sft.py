@@ -44,15 +44,19 @@ class SFTModule(PolicyModule):
             loss, sizes = self._step(mini)
             losses.append(loss)
             trained += sizes
+        done = [loss for loss in losses if loss is not None]
         if losses:
-            loss = torch.stack(losses).mean()
-            self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+            # Lightning would repeat the last value, were there none.
+            mean = torch.stack(done).mean() if done else torch.full((), torch.nan, device=self.device)
+            self.log("train/loss", mean, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        if self.on_nonfinite == "skip":
+            self.log("train/skipped_steps", float(len(losses) - len(done)), batch_size=len(batch))
         clock.lap("update")
         self.workload = Workload(clock.seconds, [], trained, self.layout, scoring_passes=0, training_passes=1)
         for name, value in clock.statistics().items():
             self.log(f"train/{name}", value, batch_size=len(batch))
 
-    def _step(self, mini: PromptBatch) -> tuple[Tensor, list[GroupSizes]]:
+    def _step(self, mini: PromptBatch) -> tuple[Tensor | None, list[GroupSizes]]:
         micro_batches = mini.chunks(self.micro_batch_prompts or len(mini))
         encoded = [(micro, *self.solutions(micro)) for micro in micro_batches]
         # Gradients are averaged over processes, so the loss is divided by the mean token count of a process.

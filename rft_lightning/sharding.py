@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,19 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from rft_lightning import sharded_files
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.policy.families import base_model
 
@@ -37,57 +46,159 @@ WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Shard over all processes of all nodes; each gets its own batches. ``--trainer.strategy fsdp2``.
+    """Shard over the processes of all nodes; each gets its own batches. ``--trainer.strategy fsdp2``.
 
-    Runs on GPUs (NCCL) and on CPU (gloo). A checkpoint is one file with the full weights and optimiser state, gathered
-    by rank 0, so it is written, resumed from, evaluated and exported like one of any other strategy.
+    Runs on GPUs (NCCL) and on CPU (gloo). A checkpoint is a folder into which every process writes its part, or one
+    file; of either kind a run may go on, be evaluated and exported under any strategy and number of processes.
 
     Args:
+        shard_size: processes that hold one copy of the model together, such as those of a node (hybrid sharding:
+            weights are gathered inside these groups, gradients averaged over them); all processes when None.
+        gather_for_rollouts: gather the whole policy for a rollout, so that decoding communicates nothing. Where that
+            does not fit a device: false, which gathers block by block in every decode step, and is much slower.
+        offload_policy: keep weights, gradients and optimiser state in host memory, where the optimiser step then runs.
+        offload_reference: keep the frozen reference model in host memory.
+        save_distributed_checkpoint: write folders; one file with everything, gathered by rank 0, when false.
         process_group_backend: communication library; the one that fits the device when None.
-        timeout: how long a process waits for the others before it gives up.
+        timeout: how long a process waits for the others before it gives up; longer than the slowest rollout.
+
+    Raises:
+        ConfigConflictError: (at set-up) `shard_size` does not divide the number of processes.
     """
 
     def __init__(
-        self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
+        self,
+        *,
+        shard_size: int | None = None,
+        gather_for_rollouts: bool = True,
+        offload_policy: bool = False,
+        offload_reference: bool = False,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(
-            save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
         )
+        self.shard_size, self.gather_for_rollouts = shard_size, gather_for_rollouts
+        self.offload_policy, self.offload_reference = offload_policy, offload_reference
+        self._shard_mesh: DeviceMesh | None = None
+
+    @property
+    def shard_mesh(self) -> DeviceMesh:
+        """The processes that shard a model: [processes], or [copies, processes of a copy]."""
+        assert self._shard_mesh is not None
+        return self._shard_mesh
 
     def setup_environment(self) -> None:
         """Set the mesh before Lightning does: its default would give all processes of a node the same batches."""
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        world = self.num_nodes * self.num_processes
+        size = self.shard_size or world
+        if size < 1 or world % size:
+            raise ConfigConflictError(
+                f"shard_size is {size}, which does not divide the {world} processes into groups of that size. Expected "
+                "a divisor of devices times num_nodes, such as the number of devices of a node; null is all."
+            )
+        self._data_parallel_size, self._tensor_parallel_size = world, 1
         super().setup_environment()
+        self._shard_mesh = self.device_mesh["data_parallel"]
+        if size < world:
+            names = ("replicate", "shard")
+            self._shard_mesh = init_device_mesh(self.root_device.type, (world // size, size), mesh_dim_names=names)
 
-    # Lightning's own way with one file counts frozen parameters too, so that optimiser states of other strategies go to
-    # the wrong parameters, and cannot load an optimiser without state (SGD).
+    def _get_process_group_backend(self) -> str:
+        # Gradients that lie in host memory are clipped there, for which NCCL has no operations.
+        offloads = self.offload_policy and self.root_device.type == "cuda"
+        return self._process_group_backend or (
+            "cpu:gloo,cuda:nccl" if offloads else super()._get_process_group_backend()
+        )
+
+    def model_to_device(self) -> None:
+        """What is sharded was moved, or left in host memory, as it was sharded."""
+        assert self.model is not None
+        for child in self.model.children():
+            if not any(isinstance(parameter, DTensor) for parameter in child.parameters()):
+                child.to(self.root_device)
+
+    # Checkpoints. Lightning's own way with one file counts frozen parameters too, so that optimiser states of other
+    # strategies go to the wrong parameters, and cannot load an optimiser without state (SGD); its folders are read
+    # with torch's pickles.
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The sharded weights; or the whole ones, on rank 0 alone. Of adapted models, what is trained."""
+        assert self.model is not None
+        if self._save_distributed_checkpoint:
+            return self.model.state_dict()
+        assert self.lightning_module is not None
+        return get_model_state_dict(
+            self.model, options=replace(WHOLE, ignore_frozen_params=not self.lightning_module.strict_loading)
+        )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The whole state on rank 0, as an optimiser of unsharded parameters would save it; {} elsewhere."""
+        """The sharded state, by parameter names; or the whole one on rank 0, as of plain parameters, {} elsewhere."""
         assert self.model is not None
         plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if self._save_distributed_checkpoint:
+            return _renamed(plain.state_dict(), dict(enumerate(self._names(plain))))
         state: dict[str, Any] = get_optimizer_state_dict(self.model, plain, options=WHOLE)
         names = [name for group in state.get("param_groups", ()) for name in group["params"]]
         return _renamed(state, dict(zip(names, range(len(names)), strict=True))) if state else {}
 
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write a folder or a file; all processes must call it."""
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        weights, states = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", [])
+        parts = [sharded_files.optimizer_tensors(number, state) for number, state in enumerate(states)]
+        tensors = {f"{sharded_files.WEIGHTS}{name}": tensor for name, tensor in weights.items()}
+        for found, _ in parts:
+            tensors |= found
+        rest = {**checkpoint, "optimizer_states": [left for _, left in parts]}
+        sharded_files.save(self.broadcast(filepath), tensors, rest, writes_rest=self.is_global_zero)
+
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load weights and optimiser states of one file of any strategy; return what else it holds."""
+        """Load weights and optimiser states, of any strategy; return what else there is, and the weights' names."""
+        path = self.broadcast(checkpoint_path)
+        return self._load_folder(path) if sharded_files.is_folder(path) else self._load_file(path)
+
+    def _load_folder(self, path: str | Path) -> dict[str, Any]:
+        assert self.model is not None
+        checkpoint = sharded_files.load_rest(path)
+        there = sharded_files.weight_names(path)
+        weights = {name: tensor for name, tensor in self.model.state_dict().items() if name in there}
+        sharded_files.load_into(path, {f"{sharded_files.WEIGHTS}{name}": w for name, w in weights.items()})
+        states = checkpoint.pop("optimizer_states", [])
+        named = dict(self.model.named_parameters())
+        for number, (optimizer, rest) in enumerate(zip(self.optimizers, states, strict=False)):
+            sharded_files.load_optimizer(path, number, optimizer, named, rest)
+        return {**checkpoint, "state_dict": dict.fromkeys(there)}
+
+    def _load_file(self, path: str | Path) -> dict[str, Any]:
         assert self.model is not None
         assert self.lightning_module is not None
-        path = self.broadcast(checkpoint_path)
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         options = StateDictOptions(full_state_dict=True, strict=self.lightning_module.strict_loading)
-        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        weights = checkpoint.pop("state_dict")
+        set_model_state_dict(self.model, weights, options=options)
         for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             if not saved["state"]:  # torch cannot distribute nothing
                 optimizer.load_state_dict(saved)
                 continue
             numbers = [number for group in saved["param_groups"] for number in group["params"]]
-            ours = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-            state = _renamed(saved, dict(zip(numbers, ours, strict=True)))
+            state = _renamed(saved, dict(zip(numbers, self._names(optimizer), strict=True)))
             set_optimizer_state_dict(self.model, optimizer, state, options=options)
-        return checkpoint
+        return {**checkpoint, "state_dict": dict.fromkeys(weights)}
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """The names of an optimiser's parameters, in its order."""
+        assert self.model is not None
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
@@ -99,16 +210,18 @@ def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded training over all processes (FSDP2)")
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None = None) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None = None, offload: bool = False) -> None:
     """Shard a model in place: every decoder block, every vision block, then what is left as one unit.
 
-    A model that is sharded already is left as it is.
+    A model that is sharded already is left as it is. Parameters on the meta device are made just before their unit is
+    sharded, uninitialised, so that no more than one unit is ever held whole; :func:`share_weights` fills them.
 
     Args:
         model: a Hugging Face vision-language model, or an adapter around one.
-        mesh: the processes to shard over, one-dimensional.
+        mesh: the processes to shard over, one-dimensional; or two-dimensional, [copies, processes of a copy].
         param_dtype: dtype in which weights are gathered and used; None for their own, which the parts that each process
             holds and the optimiser keep. Gradients are summed in float32.
+        offload: keep the parts, their gradients and the optimiser's state in host memory.
 
     Raises:
         ConfigConflictError: the model names no blocks.
@@ -118,13 +231,44 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, param_dtype: torch.dtype | None
         return
     # Inputs are left to autocast, which is on wherever param_dtype is set: rotary angles and masks stay float32.
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offloading = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for unit in (*blocks(root), root):
+        _materialize(unit, mesh.device_type)
         # The root too, though torch would keep it gathered until backward: after a forward without one it would stay
         # so, and peft's switching of adapters would then reach the gathered parameters instead of the trained ones.
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=policy, offload_policy=offloading)
+    register_fsdp_forward_method(root, "get_image_features")  # a way into the model beside its forward
+    # Else the first unit that runs takes itself for the root: a vision block, where `generate` encodes images first.
+    root._get_fsdp_state()._lazy_init()
     if root is not model:
         # peft calls `forward` of the model inside it, past the hooks that gather its weights.
         model.base_model.forward = root.__call__  # type: ignore[union-attr]
+
+
+def _materialize(unit: nn.Module, device: str) -> None:
+    """Give what is on the meta device memory; what is tied stays tied."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in unit.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                empty = torch.empty_like(parameter, device=device)
+                made.setdefault(parameter, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+                setattr(module, name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device=device))
+
+
+def share_weights(model: nn.Module, whole: dict[str, Any]) -> None:
+    """Fill the parts of every process from the whole weights of rank 0; all processes must call it.
+
+    Args:
+        model: sharded.
+        whole: of rank 0, its ``state_dict()`` before it was sharded; of the others, nothing.
+    """
+    set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for buffer in model.buffers():  # also those that no state dict holds, such as rotary frequencies
+        torch.distributed.broadcast(buffer, 0)
 
 
 def blocks(model: Any) -> list[nn.Module]:
@@ -182,14 +326,19 @@ def set_gradient_sync(model: nn.Module, *, sync: bool, last: bool) -> None:
         root.set_is_last_backward(last)
 
 
-def full_state(model: nn.Module) -> dict[str, Any] | None:
-    """The whole weights of a sharded model on the CPU of rank 0, {} elsewhere; None if it is not sharded.
+def gather_weights(model: nn.Module, whole: nn.Module | None) -> None:
+    """Copy the trained weights of a sharded model into a whole one, tensor by tensor; all processes must call it.
 
-    All processes must call it.
+    Args:
+        model: sharded.
+        whole: the same model as it was before training, on the CPU of rank 0; None elsewhere.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return None
-    return get_model_state_dict(model, options=WHOLE)
+    targets = {} if whole is None else dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            gathered = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if name in targets:
+                targets[name].data.copy_(gathered)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import HalfPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from rft_lightning.checkpointing import PolicyCheckpointIO
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.sharding import FSDP2Strategy
 
@@ -14,6 +17,7 @@ FSDP_MESSAGE = (
     "The strategy fsdp (FSDP1) cannot run manual optimisation, which these modules use. Shard with "
     "--trainer.strategy fsdp2, or use ddp where the policy fits on each device."
 )
+FSDP2_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 class RFTTrainer(Trainer):
@@ -56,8 +60,12 @@ class RFTTrainer(Trainer):
         )
 
 
-def check_trainer(trainer: Any) -> None:
+def check_trainer(trainer: Any, *, quantize: str | None = None) -> None:
     """Refuse trainer settings that manual optimisation cannot honour.
+
+    Args:
+        trainer: the Trainer.
+        quantize: the policy's `model.quantize`.
 
     Raises:
         ConfigConflictError: names our setting for the refused one.
@@ -69,14 +77,23 @@ def check_trainer(trainer: Any) -> None:
             f"trainer.strategy is {type(trainer.strategy).__name__}, whose tensor-parallel processes would train on "
             "the same batches. Use --trainer.strategy fsdp2."
         )
-    if trainer.precision in ("16-mixed", "16-true", "bf16-true"):
+    if trainer.precision in ("16-mixed", "16-true"):
         raise ConfigConflictError(
-            f"trainer.precision is {trainer.precision}: float16 needs loss scaling, which manual steps do not do, and "
-            "bf16-true would round the targets. Use bf16-mixed, or 32-true; model.dtype sets the dtype of the weights."
+            f"trainer.precision is {trainer.precision}: float16 needs loss scaling, which manual steps do not do. Use "
+            "bf16-mixed, bf16-true or 32-true; model.dtype sets the dtype of the weights."
+        )
+    if isinstance(trainer.strategy, FSDP2Strategy) and quantize is not None:
+        raise ConfigConflictError(
+            f"model.quantize is {quantize}, but fsdp2 cannot shard 4-bit weights: their scales are no part of the "
+            "parameters and would be lost. Use --trainer.strategy ddp, which holds the 4-bit policy on each device, or "
+            "shard an unquantised one: model.quantize null."
         )
     # Lightning's own check misses a strategy that is chosen by name.
-    if isinstance(trainer.strategy, FSDP2Strategy) and trainer.precision not in ("32-true", "bf16-mixed"):
-        raise ConfigConflictError(f"fsdp2 runs in precision 32-true or bf16-mixed, found {trainer.precision}.")
+    if isinstance(trainer.strategy, FSDP2Strategy) and trainer.precision not in FSDP2_PRECISIONS:
+        raise ConfigConflictError(
+            f"fsdp2 runs in precision {', '.join(FSDP2_PRECISIONS)}, found {trainer.precision}. Set trainer.precision "
+            "to one of these."
+        )
     if trainer.accumulate_grad_batches != 1:
         raise ConfigConflictError(
             f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}. One batch is already split into "
@@ -88,3 +105,22 @@ def check_trainer(trainer: Any) -> None:
             f"trainer.gradient_clip_val is {trainer.gradient_clip_val}. Clipping is done at the optimiser step: set "
             "model.max_grad_norm instead."
         )
+
+
+class TrueBFloat16(Precision):
+    """Weights, gradients and optimiser state in bfloat16, as the policy is loaded; nothing else.
+
+    Lightning's own plugin casts every batch, boxes of targets included, and makes bfloat16 the default dtype, in which
+    rewards and advantages would be rounded.
+    """
+
+    precision = "bf16-true"
+
+
+def equip_trainer(trainer: Any) -> None:
+    """Give any Trainer what these modules need: checkpoint folders are read, and bf16-true is for weights alone."""
+    strategy = trainer.strategy
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = PolicyCheckpointIO()
+    if isinstance(strategy.precision_plugin, HalfPrecision) and trainer.precision == "bf16-true":
+        strategy.precision_plugin = TrueBFloat16()

@@ -138,7 +138,7 @@ def test_files_that_are_no_checkpoints_are_refused_by_name(tmp_path, trained):
     (tmp_path / "short.ckpt").write_bytes(trained.read_bytes()[:5000])
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     for name, words in {
-        "gone.ckpt": "No checkpoint file at",
+        "gone.ckpt": "No checkpoint at",
         "notes.ckpt": "cannot be read",
         "short.ckpt": "cannot be read",
         "foreign.ckpt": "does not say which policy",

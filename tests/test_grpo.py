@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from rft_lightning import GRPOModule, GRPOObjective, SFTModule
 from rft_lightning.datamodules import ShapesDataModule
 from rft_lightning.errors import ConfigConflictError, NonFiniteError
+from rft_lightning.policy.loading import load_policy
 from rft_lightning.policy.plain import plain_group_logprobs
 from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask
 
@@ -314,12 +315,42 @@ def test_arguments_out_of_range(tiny_policy, arguments, words):
     [
         ({"accumulate_grad_batches": 2}, "micro_batch_prompts"),
         ({"gradient_clip_val": 1.0}, "max_grad_norm"),
-        ({"precision": "bf16-true"}, "bf16-mixed"),
+        ({"precision": "16-true"}, "bf16-mixed, bf16-true or 32-true"),
     ],
 )
 def test_trainer_settings_are_refused_by_our_names(tiny_policy, make_trainer, arguments, words):
     with pytest.raises(ConfigConflictError, match=words):
         make_trainer(1, **arguments).fit(grpo(tiny_policy), datamodule=data(tiny_policy))
+
+
+def test_bf16_true_is_for_weights_alone(tiny_policy, make_trainer):
+    """Lightning's own plugin would round rewards, and the boxes of targets."""
+    seen = {}
+
+    class Watched(GRPOModule):
+        def advantages(self, scores, group_size, *args):
+            found = super().advantages(scores, group_size, *args)
+            seen.update(rewards=scores.rewards.dtype, advantages=found.dtype, default=torch.tensor(0.5).dtype)
+            return found
+
+        def training_step(self, batch, batch_idx):
+            seen.update(target=batch.samples[0].target.boxes.dtype, pixels=batch.vision["pixel_values"].dtype)
+            return super().training_step(batch, batch_idx)
+
+    module = Watched(
+        tiny_policy, group_size=2, max_completion_length=5, schedule="constant", seed=0, max_grad_norm=None,
+        optimizer=lambda p: torch.optim.SGD(p, lr=10.0),
+    )  # fmt: skip
+    make_trainer(2, precision="bf16-true").fit(module, datamodule=data(tiny_policy))
+    assert seen == {
+        "rewards": torch.float32, "advantages": torch.float32, "default": torch.float32, "target": torch.float64,
+        "pixels": torch.float32,
+    }  # fmt: skip
+    for model in (module.policy, *module._reference):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    start = load_policy(tiny_policy, dtype="bfloat16").state_dict()
+    assert any(not torch.equal(weight, start[name]) for name, weight in module.policy.state_dict().items())
+    assert module.record()["settings"]["dtype"] == "bfloat16"
 
 
 def test_a_schedule_needs_max_steps(tiny_policy, make_trainer):

@@ -6,9 +6,8 @@ import copy
 import dataclasses
 import difflib
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,14 @@ import torch
 from torch import nn
 
 from rft_lightning.errors import CheckpointError, ConfigConflictError
+from rft_lightning.policy.adapters import with_adapters
 from rft_lightning.policy.families import PARTS, base_model, check_parts, part_parameters
+from rft_lightning.policy.quantization import (
+    check_quantization,
+    check_stored,
+    quantization_config,
+    use_exact_kernels,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -83,7 +89,9 @@ def load_policy(
     attn_implementation: str = "sdpa",
     lora: dict[str, Any] | LoraConfig | None = None,
     freeze: Sequence[str] = (),
+    quantize: str | None = None,
     gradient_checkpointing: bool = False,
+    skeleton: bool = False,
 ) -> nn.Module:
     """The policy, in training mode, with all parameters trainable unless told otherwise.
 
@@ -93,32 +101,61 @@ def load_policy(
         attn_implementation: the attention kernel, as transformers names it.
         lora: train adapters instead of the weights; see :func:`add_adapters`.
         freeze: parts that are not trained and get no adapters: vision_tower, projector, language_model.
+        quantize: ``nf4`` keeps the linear layers, of the vision tower too, in 4 bits (QLoRA); needs `lora`.
         gradient_checkpointing: recompute activations in backward, in training mode: less memory, more time.
+        skeleton: leave the weights unread, on the meta device; somebody else will fill them.
 
     Raises:
-        CheckpointError: see :func:`load_config`.
-        ConfigConflictError: unknown dtype or part, nothing is left to train, or see :func:`add_adapters`.
+        CheckpointError: see :func:`load_config`; or the checkpoint's own weights are quantised.
+        ConfigConflictError: unknown dtype or part, nothing is left to train, or see :func:`add_adapters` and
+            :func:`~rft_lightning.policy.quantization.check_quantization`.
     """
     from transformers import AutoModelForImageTextToText
 
     if dtype not in DTYPES:
         raise ConfigConflictError(f"Expected dtype to be one of {', '.join(DTYPES)}, found {dtype!r}.")
-    check_parts(freeze, load_config(checkpoint))
+    check_quantization(quantize, dtype=dtype, lora=lora)
+    config = load_config(checkpoint)
+    check_stored(checkpoint, config)
+    check_parts(freeze, config)
     if set(freeze) == set(PARTS):
         raise ConfigConflictError(f"There is nothing to train: freeze names all parts ({', '.join(freeze)}). Drop one.")
-    model: Any = AutoModelForImageTextToText.from_pretrained(
-        resolve_checkpoint(checkpoint), dtype=DTYPES[dtype], attn_implementation=attn_implementation
-    )
-    model.requires_grad_(True)
+    settings: dict[str, Any] = {}
+    if quantize is not None and lora is not None:
+        settings["quantization_config"] = quantization_config(config, dtype=DTYPES[dtype], lora=lora_config(lora))
+        # Always there, so that a policy is the same numbers wherever it is trained and exported.
+        settings["device_map"] = {"": "cpu"}
+    settings |= {"dtype": DTYPES[dtype], "attn_implementation": attn_implementation}
+    model: Any
+    if skeleton:
+        model = _skeleton(resolve_checkpoint(checkpoint), config, settings)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(resolve_checkpoint(checkpoint), **settings)
+    if quantize is None:
+        model.requires_grad_(True)
+    else:
+        use_exact_kernels(model)
     for part in freeze:
         for parameter in part_parameters(model, part).values():
             parameter.requires_grad_(False)
     if lora is not None:
-        model = add_adapters(model, lora, freeze)
+        with torch.device("meta") if skeleton else nullcontext():
+            model = add_adapters(model, lora, freeze)
     if gradient_checkpointing:
         enable_checkpointing(model)
     # Hugging Face loads in eval mode and Lightning keeps it.
     return model.train()
+
+
+def _skeleton(path: str, config: Any, settings: dict[str, Any]) -> Any:
+    """The model without its weights, and with the generation settings that loading it would give it."""
+    from transformers import AutoModelForImageTextToText, GenerationConfig
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, **settings)
+    with suppress(OSError):  # a checkpoint need not have such settings
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model
 
 
 def add_adapters(model: Any, lora: dict[str, Any] | LoraConfig, freeze: Sequence[str] = ()) -> nn.Module:
@@ -132,18 +169,14 @@ def add_adapters(model: Any, lora: dict[str, Any] | LoraConfig, freeze: Sequence
     Raises:
         ConfigConflictError: see :func:`lora_config`; or there is no module to adapt, or a frozen part would train.
     """
-    import peft
-
     config = lora_config(lora)
     frozen = {name.rpartition(".")[0] for part in freeze for name in part_parameters(model, part)}
     if frozen:
         config.exclude_modules = sorted(frozen | _module_names(model, config.exclude_modules))
-    with warnings.catch_warnings():  # peft reads a property that transformers 5.23 deprecates
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        try:
-            adapted = peft.get_peft_model(model, config)
-        except ValueError as error:
-            raise ConfigConflictError(f"peft cannot put adapters where lora and freeze allow them: {error}") from error
+    try:
+        adapted = with_adapters(model, config)
+    except ValueError as error:
+        raise ConfigConflictError(f"peft cannot put adapters where lora and freeze allow them: {error}") from error
     for part in freeze:
         trained = [name for name, parameter in part_parameters(adapted, part).items() if parameter.requires_grad]
         if trained:

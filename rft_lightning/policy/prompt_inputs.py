@@ -60,7 +60,7 @@ def can_keep_graph(model: Any) -> bool:
 def image_features(model: Any, prompts: PromptBatch) -> list[Features]:
     """The features of each prompt's images, as the family gives them; with their graph where gradients are on."""
     inputs = {name: tensor for name, tensor in prompts.vision.items() if name not in TOKEN_TENSORS}
-    found = base_model(model).model.get_image_features(**inputs, return_dict=True)
+    found = base_model(model).get_image_features(**inputs, return_dict=True)
     pooled = found.pooler_output
     # One entry per image, or one row per row of pixel_values (tiles).
     counts = prompts.patch_counts if isinstance(pooled, Tensor) else prompts.image_counts

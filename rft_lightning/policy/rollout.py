@@ -6,6 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def sample_groups(
     engine: str = "native",
     rollout_prompts: int | None = None,
     cuda_graphs: bool = True,
+    anyone: Callable[[bool], bool] | None = None,
 ) -> Rollouts:
     """Sample `group_size` completions for each prompt.
 
@@ -75,6 +77,9 @@ def sample_groups(
             many rows as it needs are finished; with the ``hf`` engine, and where the prompts' keys are not shared
             (docs/adding-a-model.md), when all are.
         cuda_graphs: on CUDA, replay decode steps as graphs instead of launching their kernels one by one.
+        anyone: for a policy whose weights are gathered from all processes in each forward, of which all must then make
+            the same number: tells the others whether this process has rows to grow, and returns whether any has. The
+            ``native`` engine alone can do so.
 
     Raises:
         ConfigConflictError: a setting is out of its range.
@@ -96,7 +101,8 @@ def sample_groups(
     with evaluating(model):
         prompts = prepared(model, prompts, at_once)
         shared = engine == "native" and shares_keys(model)
-        for chunk in [prompts] if shared else prompts.chunks(at_once):
+        refills = shared and anyone is None
+        for chunk in [prompts] if refills else prompts.chunks(at_once):
             if engine == "hf":
                 ids_NC = hf_sample(model, chunk, group_size, sampling, lengths, ends, pad, (seed, step))
                 parts.append((ids_NC, None))
@@ -108,7 +114,7 @@ def sample_groups(
             if shared:
                 capture = cuda_graphs and device.type == "cuda"
                 decoder = SharedDecoder(model, chunk, group_size, at_once=at_once, capture=capture)
-            parts.append(grow(decoder, keys_N, sampling, lengths, ends, pad, forbidden))
+            parts.append(grow(decoder, keys_N, sampling, lengths, ends, pad, forbidden, anyone))
     ids_NC = torch.cat([_widened(ids, max_completion_length, pad) for ids, _ in parts])
     logprobs = [_widened(logp, max_completion_length, 0.0) for _, logp in parts if logp is not None]
     return _as_rollouts(prompts, ids_NC, torch.cat(logprobs) if logprobs else None, ends, pad, tokenizer)
@@ -126,6 +132,7 @@ def grow(
     ends: list[int],
     pad: int,
     forbidden: Tensor,
+    anyone: Callable[[bool], bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sample until every row of the decoder is finished.
 
@@ -137,6 +144,7 @@ def grow(
         ends: tokens that end one.
         pad: fills rows after their end.
         forbidden: ids of tokens that are never drawn.
+        anyone: see :func:`sample_groups`.
 
     Returns:
         token ids [N, C] and their log-probs [N, C], 0 after the end.
@@ -159,11 +167,11 @@ def grow(
         position = position + 1
         finished = finished | torch.isin(tokens, stops) | (position == longest)
         step += 1
-        if step % check_every == 0 or step - begun == longest:
+        if step % check_every == 0 or (step - begun == longest and anyone is None):
             running = [i for i, done in enumerate(finished.tolist()) if not done]
-            if not running and not decoder.waiting:
+            if not (bool(running) if anyone is None else anyone(bool(running))) and not decoder.waiting:
                 break
-            if len(rows) - len(running) >= max(1, int(decoder.drop_share * len(rows))):
+            if anyone is None and len(rows) - len(running) >= max(1, int(decoder.drop_share * len(rows))):
                 kept = torch.tensor(running, dtype=torch.long, device=device)
                 rows, tokens, position, finished = rows[kept], tokens[kept], position[kept], finished[kept]
                 decoder.keep(running)

@@ -1,14 +1,18 @@
 """Calls that end in time, so that a reward which hangs does not hang the training.
 
 A call runs in a thread of its own, which is left behind when the time is up. Python code in it is stopped by an
-exception; a thread that waits (a sleep, a request) or computes in C goes on in the background. Nothing can be done
-about C code that keeps the interpreter to itself, such as a regular expression that backtracks without end.
+exception; a thread that waits (a sleep, a request) or computes in C goes on in the background. C code that keeps the
+interpreter to itself, such as a regular expression that backtracks without end, cannot be left behind: no Python runs
+until it returns. Then the process ends a while after its time, with the call stack on stderr, so that the run ends and
+can be resumed instead of hanging.
 """
 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,6 +26,8 @@ T = TypeVar("T")
 
 # Seconds to wait for an abandoned thread to end, and how often: code may catch the exception that stops it.
 _PATIENCE, _ATTEMPTS = 0.1, 5
+# Seconds after its time at which a call that lets no Python run ends the process.
+_GRACE = 60.0
 
 
 class OutOfTimeError(Exception):
@@ -40,6 +46,7 @@ def call_within(seconds: float, function: Callable[[], T]) -> T:
     if worker is None or not worker.thread.is_alive():
         worker = _local.worker = _Worker()
     worker.jobs.put(partial(copy_context().run, _in_callers_modes(function)))
+    watched = threading.current_thread() is threading.main_thread() and _watch(seconds + _GRACE)
     try:
         value, error = worker.results.get(timeout=seconds)
     except BaseException as interruption:  # out of time, or Ctrl-C while it ran
@@ -48,12 +55,26 @@ def call_within(seconds: float, function: Callable[[], T]) -> T:
         if isinstance(interruption, queue.Empty):
             raise OutOfTimeError from None
         raise
+    finally:
+        if watched:
+            faulthandler.cancel_dump_traceback_later()
     if error is None:
         return value
     try:
         raise error
     finally:
         del error  # else it and this frame hold each other, and with them what the reward had in hand
+
+
+def _watch(seconds: float) -> bool:
+    """End the process after so long, unless that is cancelled: by a thread in C, which needs no interpreter."""
+    if sys.__stderr__ is None:
+        return False
+    try:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    except (OSError, RuntimeError, ValueError):  # it is closed, or no file
+        return False
+    return True
 
 
 def stuck_calls() -> int:
