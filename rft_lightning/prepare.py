@@ -1,4 +1,7 @@
-"""`rft prepare`: look at the data of a configuration before training: download, check, summary, manifest, preview."""
+"""`rft prepare`: look at the data of a configuration before training: download, check, summary, manifest, preview.
+
+`rft prepare --estimate` looks at the memory instead.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ from rft_lightning.sample import Sample
 
 # What configurations of other commands state beside `data` and `model`.
 _UNUSED = ("trainer", "ckpt_path", "weights_only", "verbose")
+# Options of --estimate, each in place of what the configuration says.
+_OVERRIDES = ("devices", "num_nodes", "strategy", "precision", "prompt_tokens")
 _LOOKED_AT = 64  # samples of a split among which those of the preview are chosen
 
 
@@ -129,6 +134,14 @@ def run_prepare(words: Sequence[str], data_class: type) -> None:
 
     parser = prepare_parser(data_class)
     config = parser.parse_args(list(words))
+    overrides = {name: config[name] for name in _OVERRIDES}
+    if config.estimate:
+        from rft_lightning.report.estimate import print_estimate
+
+        print_estimate(config, overrides=overrides)
+        return
+    if given := [f"--{name}" for name, value in overrides.items() if value is not None]:
+        raise ConfigConflictError(f"{', '.join(given)} changes nothing but an estimate: add --estimate.")
     if config.data is None:
         raise ConfigConflictError("There is no data block. Name a file with one: rft prepare -c configs/coco.yaml")
     if config.seed_everything is not False:
@@ -162,6 +175,17 @@ def prepare_parser(data_class: type) -> jsonargparse.ArgumentParser:
     parser.add_argument("--manifest", type=str | None, help="JSON file of the rows; TASK.manifest.json if not given.")
     parser.add_argument("--preview", type=str | None, help="Picture to write, such as preview.png.")
     parser.add_argument("--preview_samples", type=int, default=4, help="Samples per task in the preview.")
+    parser.add_argument(
+        "--estimate", action="store_true", help="Print the memory a run needs per device, and nothing else; no data."
+    )
+    for name, kind, text in (
+        ("devices", int | str, "devices per node"),
+        ("num_nodes", int, "nodes"),
+        ("strategy", str, "strategy: auto, ddp or fsdp2"),
+        ("precision", str, "precision: 32-true, bf16-mixed or bf16-true"),
+        ("prompt_tokens", int, "longest prompt, image included"),
+    ):
+        parser.add_argument(f"--{name}", type=kind | None, help=f"With --estimate: {text}; the configuration's.")
     parser.add_argument("--seed_everything", type=bool | int, default=0, help="Seed of the run; data.seed follows.")
     parser.add_subclass_arguments(data_class, "data", fail_untyped=False)
     parser.add_subclass_arguments(PolicyModule, "model", fail_untyped=False, instantiate=False)

@@ -140,7 +140,8 @@ def test_wheel_claims_no_other_name(wheel: zipfile.ZipFile) -> None:
 
 
 def test_wheel_holds_every_file(wheel: zipfile.ZipFile) -> None:
-    expected = {installed(path) for path in [*sources(), *files("configs", "*.yaml"), *files("rft_lightning/assets")]}
+    configs = [path for path in files("configs") if path.suffix in (".yaml", ".sh", ".sbatch")]
+    expected = {installed(path) for path in [*sources(), *configs, *files("rft_lightning/assets")]}
     assert expected | {"rft_lightning/py.typed"} <= set(wheel.namelist()), "update package-data in pyproject.toml"
 
 
