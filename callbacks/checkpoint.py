@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -15,10 +17,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint import CheckpointException
 
 from rft_lightning.collectives import gather_objects
-from rft_lightning.errors import CheckpointSaveError, ConfigConflictError
+from rft_lightning.errors import CheckpointError, CheckpointSaveError, ConfigConflictError
 from rft_lightning.failures import end_with_parent
 from rft_lightning.interruption import EXIT_STATUS, Interrupted, StopRequest
-from rft_lightning.placing import check_place, partial_of, place, remove, remove_leftovers, size
+from rft_lightning.placing import check_place, claimed, partial_of, place, remove, remove_leftovers, size
 
 _log = logging.getLogger(__name__)
 # What writing raises where a disk is full, a quota is reached or memory runs out: torch's zip writer turns an OSError
@@ -56,7 +58,8 @@ class RolloutCheckpoint(ModelCheckpoint):
     Raises:
         ConfigConflictError: an argument is out of its range.
         CheckpointSaveError: (in fit, on all processes) a checkpoint could not be written, see `on_failed_save`.
-        CheckpointError: (at the start of fit) a folder is where ``last.ckpt`` should be.
+        CheckpointError: (at the start of fit) a folder is where ``last.ckpt`` should be, or another run that still goes
+            on keeps its checkpoints there.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class RolloutCheckpoint(ModelCheckpoint):
         # Why the run stops, once the processes have agreed to.
         self._stopping: str | None = None
         self._saved_step = self._tried_step = 0
+        self._claimed = ExitStack()
 
     # When
 
@@ -101,8 +105,27 @@ class RolloutCheckpoint(ModelCheckpoint):
                 end_with_parent()
             directory = Path(str(self.dirpath))
             check_place(directory / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+            self._claim(trainer, directory)
             if trainer.is_global_zero:
                 remove_leftovers(directory, keep=trainer.ckpt_path)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._claimed.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._claimed.close()
+
+    def _claim(self, trainer: Trainer, directory: Path) -> None:
+        """Keep the folder to this run: another one's clearing up would take what this one is about to put in place."""
+        taken = False
+        if trainer.is_global_zero:
+            taken = not self._claimed.enter_context(claimed(directory))
+        if trainer.strategy.broadcast(taken):
+            raise CheckpointError(
+                f"Another run that still goes on keeps its checkpoints in {directory}. Wait until it has ended, or end "
+                "it, or give this one another dirpath."
+            )
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(trainer)
@@ -241,6 +264,12 @@ class RolloutCheckpoint(ModelCheckpoint):
             raise ConfigConflictError(
                 "ckpt_path is last, but each run gets a new folder of its own, in which there is none yet, and would "
                 "begin anew. Give the path of the last.ckpt, or the RolloutCheckpoint a dirpath that all runs share."
+            )
+        last = Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        if last.is_symlink() and not last.exists():
+            raise CheckpointError(
+                f"{last} is a link to {os.readlink(last)}, which is not there: a copy without the folder, or it "
+                "was removed by hand. Put the folder back, or remove the link to begin anew."
             )
         return super()._find_last_checkpoints(trainer)
 

@@ -16,6 +16,7 @@ from rft_lightning.datamodules.download import Download, fetch_all
 from rft_lightning.datamodules.samplers import EvaluationSampler, RolloutBatchSampler
 from rft_lightning.errors import ConfigConflictError, DatasetNotFoundError
 from rft_lightning.frames import CoordinateFrame
+from rft_lightning.interruption import leave_signals_to_parent
 from rft_lightning.prompts import PromptEncoder
 from rft_lightning.sample import PromptBatch, Sample
 from rft_lightning.seeding import run_seed
@@ -192,6 +193,7 @@ class RFTDataModule(LightningDataModule, ABC):
             batch_sampler=self.train_sampler(len(samples), rank=rank, world_size=world_size),
             collate_fn=partial(_encode_waves, self.encoder, self.oversample),
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_parent,
         )
 
     def train_sampler(self, size: int, *, rank: int, world_size: int) -> RolloutBatchSampler:
@@ -225,6 +227,7 @@ class RFTDataModule(LightningDataModule, ABC):
             sampler=EvaluationSampler(len(samples), rank=rank, world_size=world_size),
             collate_fn=self.encoder,
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals_to_parent,
         )
 
     def _process(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Sampler
 
 from rft_lightning.errors import ConfigConflictError
+from rft_lightning.sample import NOT_COUNTED
 
 
 class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -126,13 +127,17 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class EvaluationSampler(Sampler[tuple[int, int]]):
-    """Every row once over all processes: rank r takes rows r, r + W, ... without padding, so nothing counts twice."""
+    """Every row once over all processes: rank r takes rows r, r + W, ... without padding, so nothing counts twice.
+
+    With more processes than rows, those without a row get the first one with the occurrence NOT_COUNTED: Lightning
+    would leave their loops out, and with them what all processes do together.
+    """
 
     def __init__(self, size: int, *, rank: int = 0, world_size: int = 1) -> None:
-        self.rows = range(rank, size, world_size)
+        self.entries = [(row, 0) for row in range(rank, size, world_size)] or [(0, NOT_COUNTED)]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.entries)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter((row, 0) for row in self.rows)
+        return iter(self.entries)

@@ -18,12 +18,14 @@ def export(ckpt: str, output_dir: str | None = None, policy: str | None = None, 
     Args:
         ckpt: a checkpoint of `rft fit`, such as runs/csv/version_0/checkpoints/last.ckpt: a file, or the folder that
             `fsdp2` writes.
-        output_dir: folder to write; an earlier export there is replaced. `policy` in the run's folder by default.
+        output_dir: folder to write; an earlier export there is replaced. `policy` in the run's folder by default, or
+            `adapters` for these alone.
         policy: the checkpoint that training started from, where it has moved since.
         merge: merge LoRA adapters into the weights; false writes the adapters alone, for peft.
     """
     record = read_record(ckpt)
-    base, folder = policy or record["policy"], Path(output_dir or default_folder(ckpt))
+    base = policy or record["policy"]
+    folder = Path(output_dir or default_folder(ckpt, "policy" if merge else "adapters"))
     check_export_folder(folder)
     try:
         load_config(base)
@@ -49,7 +51,7 @@ def export(ckpt: str, output_dir: str | None = None, policy: str | None = None, 
         print(f"The adapters are in {folder}; use them with peft, over {base}")
 
 
-def default_folder(ckpt: str) -> Path:
-    """`policy` in the folder of the run, where HFExport writes too; beside a file that lies in no `checkpoints`."""
+def default_folder(ckpt: str, name: str = "policy") -> Path:
+    """`name` in the folder of the run, where HFExport writes too; beside a checkpoint that lies in no `checkpoints`."""
     folder = Path(ckpt).absolute().parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "policy"
+    return (folder.parent if folder.name == "checkpoints" else folder) / name

@@ -166,14 +166,14 @@ class GRPOModule(PolicyModule):
 
     def configure_model(self) -> None:
         """Load the policy and, to train all its weights with beta > 0, keep a frozen copy of it as it starts."""
+        loaded_before = self.policy is not None  # and perhaps a checkpoint into it
         super().configure_model()
         evaluating = self._trainer is not None and self._trainer.state.fn != "fit"
         if self.objective.beta > 0 and self.lora is None and not self._reference and not evaluating:
             assert self.policy is not None
-            copied = self.device_mesh is None  # sharded models cannot be copied
-            self._reference = (
-                frozen_copy(self.policy) if copied else self._sharded(self._load_reference, of_policy=False),
-            )
+            as_it_starts = self.device_mesh is None and not loaded_before  # sharded models cannot be copied
+            load = self._load_reference
+            self._reference = (frozen_copy(self.policy) if as_it_starts else self._sharded(load, of_policy=False),)
 
     def _load_reference(self, *, skeleton: bool = False) -> nn.Module:
         reference = load_policy(

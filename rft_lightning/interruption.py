@@ -97,6 +97,23 @@ class StopRequest:
             os.write(2, f"\nrft: {text}\n".encode())  # print is not safe in a signal handler
 
 
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """In a process that loads data: outlive a signal that was sent to all processes of a run, which still needs data.
+
+    torchrun and schedulers send it to all. The second SIGTERM ends the process: it comes from the loader that
+    shuts down, or from somebody in earnest.
+
+    Args:
+        worker: not used; DataLoader tells its number.
+    """
+    signal.signal(signal.SIGTERM, _let_pass_once)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _let_pass_once(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+
 def seconds_of(duration: float | str) -> float:
     """Seconds of ``[DAYS-]HH:MM:SS`` or ``MM:SS``; a number is in seconds, as YAML reads an unquoted 12:00:00.
 

@@ -7,15 +7,20 @@ there by one rename. A rename cannot replace a folder that holds files, so a fol
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rft_lightning.errors import CheckpointError
 
 _FOLDER = re.compile(r"(?P<name>.+\.ckpt)\.[0-9a-f]{8}")
+_claims: set[int] = set()
 _UNFINISHED = re.compile(r"\..+\.ckpt\.(partial|link)")
 
 
@@ -71,6 +76,37 @@ def remove_leftovers(directory: Path, *, keep: str | Path | None = None) -> None
         orphan = folder is not None and path.is_dir() and _target(directory / folder["name"]) != path
         if (orphan or _UNFINISHED.fullmatch(path.name)) and path.resolve() != used:
             remove(path)
+
+
+@contextmanager
+def claimed(directory: Path) -> Iterator[bool]:
+    """Inside, no other process claims the folder; whether that is so, False where another one has done so before.
+
+    The claim ends with the process, however it ends. On file systems without locks, everybody gets it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    _claims.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except OSError as error:
+            free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        yield free
+    finally:
+        _claims.discard(descriptor)
+        os.close(descriptor)
+
+
+def _give_up_claims() -> None:
+    """In a forked process, which may outlive the one that made them by seconds."""
+    for descriptor in _claims:
+        os.close(descriptor)
+    _claims.clear()
+
+
+os.register_at_fork(after_in_child=_give_up_claims)
 
 
 def check_place(path: Path) -> None:

@@ -21,7 +21,7 @@ from rft_lightning.policy.rollout import ENGINES, sample_groups
 from rft_lightning.policy.sampling import Sampling
 from rft_lightning.policy.shared_prefix import FORWARDS
 from rft_lightning.prompts import PromptEncoder
-from rft_lightning.sample import Prediction, PromptBatch, Rollouts
+from rft_lightning.sample import NOT_COUNTED, Prediction, PromptBatch, Rollouts
 from rft_lightning.seeding import derived_seed, run_seed
 from rft_lightning.self_check import probe, settle_layout
 from rft_lightning.sharding import (
@@ -368,4 +368,5 @@ class PolicyModule(OptimiserSteps):
         return [
             Prediction(sample, texts[0], sample.task.read(texts[0], batch.frame, sample.image_size))
             for sample, texts in zip(rollouts.prompts.samples, rollouts.texts, strict=True)
+            if sample.occurrence != NOT_COUNTED
         ]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rft_lightning.frames import CoordinateFrame
     from rft_lightning.tasks.base import Task
 
+NOT_COUNTED = -1
 # The tensors of PromptBatch.vision with one entry per token [B, P]; others have one per image or per row of pixels.
 TOKEN_TENSORS = ("mm_token_type_ids", "token_type_ids")
 
@@ -208,7 +209,8 @@ class Sample:
         image_size: (width, height) of the original image in pixels.
         image_id: id of the picture in its data set; several samples may share one picture.
         question: the user turn without the image; the PromptEncoder asks the task for it when it is None.
-        occurrence: how often this sample already occurred in the same global rollout batch.
+        occurrence: how often this sample already occurred in the same global rollout batch; NOT_COUNTED where it only
+            keeps a process company in an evaluation with fewer rows than processes.
         asked: the class or expression that `question` asks for, where no target says it; a caption, never a prompt.
     """
 

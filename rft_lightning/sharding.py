@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -34,7 +32,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from rft_lightning import sharded_files
@@ -142,9 +140,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if self._save_distributed_checkpoint:
             return _renamed(plain.state_dict(), dict(enumerate(self._names(plain))))
-        state: dict[str, Any] = get_optimizer_state_dict(self.model, plain, options=WHOLE)
-        names = [name for group in state.get("param_groups", ()) for name in group["params"]]
-        return _renamed(state, dict(zip(names, range(len(names)), strict=True))) if state else {}
+        state = plain.state_dict()
+        gathered: dict[Any, dict[str, Any]] = {}
+        for number, slots in state["state"].items():
+            for slot, value in slots.items():
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                if self.is_global_zero:
+                    gathered.setdefault(number, {})[slot] = whole.cpu() if isinstance(whole, Tensor) else whole
+        return {**state, "state": gathered} if self.is_global_zero else {}
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -186,12 +189,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         weights = checkpoint.pop("state_dict")
         set_model_state_dict(self.model, weights, options=options)
         for optimizer, saved in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
-            if not saved["state"]:  # torch cannot distribute nothing
-                optimizer.load_state_dict(saved)
-                continue
             numbers = [number for group in saved["param_groups"] for number in group["params"]]
-            state = _renamed(saved, dict(zip(numbers, self._names(optimizer), strict=True)))
-            set_optimizer_state_dict(self.model, optimizer, state, options=options)
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            of = dict(zip(numbers, parameters, strict=True))
+            state = {
+                number: {slot: _part(value, of[number]) for slot, value in slots.items()}
+                for number, slots in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
         return {**checkpoint, "state_dict": dict.fromkeys(weights)}
 
     def _names(self, optimizer: Optimizer) -> list[str]:
@@ -205,6 +210,13 @@ def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
     """The state of an optimiser with other names for its parameters."""
     groups = [{**group, "params": [names[name] for name in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[name]: value for name, value in state["state"].items()}, "param_groups": groups}
+
+
+def _part(value: Any, parameter: Tensor) -> Any:
+    """Of a whole value of an optimiser's state, what this process holds of it: as of the parameter it belongs to."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Fully sharded training over all processes (FSDP2)")

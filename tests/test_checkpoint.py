@@ -1,5 +1,8 @@
 """RolloutCheckpoint: when it saves, that saving is atomic, and that a resumed run ends like an uninterrupted one."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,8 @@ from lightning.pytorch import Callback
 from rft_lightning import GRPOModule, SFTModule
 from rft_lightning.callbacks import RolloutCheckpoint
 from rft_lightning.datamodules import ShapesDataModule
-from rft_lightning.errors import ConfigConflictError
+from rft_lightning.errors import CheckpointError, ConfigConflictError
+from rft_lightning.placing import claimed
 from rft_lightning.tasks import DetectionTask
 
 
@@ -149,6 +153,46 @@ def test_sft_resumes_exactly_too(tiny_policy, make_trainer, tmp_path):
     make_trainer(5).fit(resumed, datamodule=data(tiny_policy), ckpt_path=str(tmp_path / "last.ckpt"))
     for (name, a), b in zip(weights(resumed).items(), weights(whole).values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_second_run_may_not_keep_its_checkpoints_in_the_same_folder(tiny_policy, make_trainer, tmp_path):
+    def run():
+        return make_trainer(1, callbacks=[RolloutCheckpoint(dirpath=str(tmp_path))])
+
+    with claimed(tmp_path) as ours, claimed(tmp_path) as theirs:
+        assert (ours, theirs) == (True, False)
+        with pytest.raises(
+            CheckpointError, match=f"Another run that still goes on keeps its checkpoints in {tmp_path}"
+        ):
+            run().fit(grpo(tiny_policy), datamodule=data(tiny_policy))
+    run().fit(grpo(tiny_policy), datamodule=data(tiny_policy))
+    with claimed(tmp_path) as free:  # given up with the end of fit
+        assert free
+
+
+def test_processes_that_load_data_do_not_keep_the_folder(tmp_path):
+    """They outlive a run that is killed by some seconds, in which it may be started again."""
+    begun, tell = os.pipe()
+    with claimed(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.write(tell, b"1")
+            time.sleep(60)
+            os._exit(0)
+        os.read(begun, 1)
+    try:
+        with claimed(tmp_path) as free:
+            assert free
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_last_is_refused_where_its_folder_is_gone(tiny_policy, make_trainer, tmp_path):
+    (tmp_path / "last.ckpt").symlink_to("last.ckpt.01234567")
+    trainer = make_trainer(1, callbacks=[RolloutCheckpoint(dirpath=str(tmp_path))])
+    with pytest.raises(CheckpointError, match=r"last\.ckpt\.01234567, which is not there"):
+        trainer.fit(grpo(tiny_policy), datamodule=data(tiny_policy), ckpt_path="last")
 
 
 def test_errors():

@@ -323,6 +323,23 @@ def test_trainer_settings_are_refused_by_our_names(tiny_policy, make_trainer, ar
         make_trainer(1, **arguments).fit(grpo(tiny_policy), datamodule=data(tiny_policy))
 
 
+def test_the_reference_model_is_the_start_though_a_checkpoint_was_looked_at_before(tiny_policy, make_trainer, tmp_path):
+    first = grpo(tiny_policy)
+    trainer = make_trainer(1)
+    trainer.fit(first, datamodule=data(tiny_policy))
+    with torch.no_grad():
+        for parameter in first.policy.parameters():
+            parameter += 0.01
+    trainer.save_checkpoint(tmp_path / "moved.ckpt")
+    module = grpo(tiny_policy)
+    make_trainer(1, limit_val_batches=1).validate(
+        module, datamodule=data(tiny_policy), ckpt_path=tmp_path / "moved.ckpt"
+    )
+    make_trainer(2).fit(module, datamodule=data(tiny_policy), ckpt_path=tmp_path / "moved.ckpt")
+    start = load_policy(tiny_policy).state_dict()
+    assert all(torch.equal(weight, start[name]) for name, weight in module._reference[0].state_dict().items())
+
+
 def test_bf16_true_is_for_weights_alone(tiny_policy, make_trainer):
     """Lightning's own plugin would round rewards, and the boxes of targets."""
     seen = {}

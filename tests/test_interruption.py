@@ -282,6 +282,18 @@ def test_the_command_line_ends_with_status_75_and_says_how_to_go_on(tmp_path, ti
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_all_processes_leaves_those_that_load_data(tmp_path, tiny_policy, number):
+    """As torchrun and schedulers send it."""
+    run = start(tmp_path, tiny_policy, "--trainer.max_steps", "8", "--data.num_workers", "2", pause=0.5)
+    process_of(tmp_path, 0, 1, run)
+    os.killpg(run.pid, number)
+    status, output = ended(run)
+    assert status == 75, output[-3000:]
+    assert torch.load(last_of(tmp_path), weights_only=True)["global_step"] < 8
+
+
+@pytest.mark.timeout(300)
 def test_a_second_signal_stops_at_once(tmp_path, tiny_policy):
     run = start(tmp_path, tiny_policy, "--trainer.max_steps", "6", pause=30)
     process = process_of(tmp_path, 0, 1, run)

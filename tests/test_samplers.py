@@ -4,6 +4,7 @@ import pytest
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from rft_lightning.datamodules.samplers import EvaluationSampler, RolloutBatchSampler
+from rft_lightning.sample import NOT_COUNTED
 
 
 class Entries:
@@ -116,6 +117,8 @@ def test_state_of_another_global_batch_is_refused_and_of_another_cut_of_it_is_no
 
 
 def test_evaluation_splits_rows_without_padding():
+    few = [list(EvaluationSampler(2, rank=rank, world_size=4)) for rank in range(4)]
+    assert few == [[(0, 0)], [(1, 0)], [(0, NOT_COUNTED)], [(0, NOT_COUNTED)]]
     parts = [list(EvaluationSampler(7, rank=rank, world_size=3)) for rank in range(3)]
     assert sorted(row for part in parts for row, _ in part) == list(range(7))
     assert [len(part) for part in parts] == [3, 2, 2]

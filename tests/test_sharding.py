@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -19,6 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from rft_lightning import GRPOModule, SFTModule, sharded_files
 from rft_lightning.callbacks import HFExport, RolloutCheckpoint
 from rft_lightning.cli import main
+from rft_lightning.collectives import gather_objects
 from rft_lightning.datamodules import ShapesDataModule
 from rft_lightning.errors import ConfigConflictError, NonFiniteError
 from rft_lightning.policy.families import FAMILIES, base_model
@@ -309,6 +310,27 @@ def test_a_run_may_go_on_under_another_strategy(tiny_policy, tmp_path, name, fir
     assert furthest(weights(rest), weights(whole)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("file", "fsdp2"), ("fsdp2", "fsdp2"), ("auto", "fsdp2"), ("file", "auto")]
+)
+def test_parameters_that_are_never_used_have_no_state_afterwards_either(family_folder, tmp_path, first, second):
+    """LLaVA-OneVision's tower ends in a norm whose output nothing takes."""
+    policy = family_folder("llava_onevision")
+    adamw = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)  # noqa: E731
+    whole, half, rest = (SFTModule(policy, optimizer=adamw, schedule="constant", seed=0) for _ in range(3))
+    trainer(tmp_path, 4, "auto").fit(whole, data(policy, 2))
+    keep = RolloutCheckpoint(every_n_steps=100, dirpath=str(tmp_path))
+    strategy = FSDP2Strategy(save_distributed_checkpoint=False) if first == "file" else first
+    trainer(tmp_path, 2, strategy, callbacks=[keep]).fit(half, data(policy, 2))
+    run = trainer(tmp_path, 4, second)
+    run.fit(rest, data(policy, 2), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert furthest(weights(half), weights(whole)) > 1e-3
+    assert furthest(weights(rest), weights(whole)) < 1e-5
+    without = [n for n, p in rest.named_parameters() if p not in run.optimizers[0].state]
+    assert without
+    assert all("post_layernorm" in name for name in without)
+
+
 def test_validation_before_fit_and_the_command_line(tiny_policy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = (
@@ -418,6 +440,15 @@ def bad_loss(policy, folder):
     return ""
 
 
+class Counted(Callback):
+    """How many predictions there are over all processes."""
+
+    counted = 0
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.counted += sum(gather_objects(len(outputs["predictions"])))
+
+
 def train_grpo(policy, folder):
     """Four steps at once, and two of them in a second run that resumes a first."""
     validate = {"limit_val_batches": 1.0, "val_check_interval": 1}
@@ -429,6 +460,13 @@ def train_grpo(policy, folder):
         run.fit(runs[name], data(policy, 2), ckpt_path=source)
     evaluated = GRPO(policy)
     trainer(folder, 1, "fsdp2", **validate).validate(evaluated, data(policy, 2), ckpt_path=source)
+    few = data(policy, 2)
+    few.setup("validate")
+    few._splits["val"] = few.split("val")[:1]
+    for gathers in (True, False):
+        run = trainer(folder, 1, FSDP2Strategy(gather_for_rollouts=gathers), callbacks=[Counted()], **validate)
+        run.validate(GRPO(policy), few)
+        assert run.callbacks[0].counted == 1
     return {name: weights(module) for name, module in {**runs, "evaluated": evaluated}.items()}
 
 

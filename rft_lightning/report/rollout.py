@@ -10,6 +10,7 @@ from rich.text import Text
 
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.sample import Rollouts
+from rft_lightning.trainer import equip_trainer
 
 
 def print_rollouts(
@@ -37,6 +38,8 @@ def print_rollouts(
     datamodule.prepare_data()
     samples = datamodule.split(split)
     samples = [samples[i] for i in range(min(num_samples, len(samples)))]
+    equip_trainer(trainer)
+    model.trainer = trainer  # whose precision says in which dtype the weights are loaded
     model.load_for_sampling(ckpt_path)
     device = trainer.strategy.root_device
     batch = datamodule.encoder(samples).to(device)
