@@ -56,7 +56,8 @@ class RolloutCheckpoint(ModelCheckpoint):
             goes on, and tries again after `every_n_steps`; only its last save must succeed. ``stop``: it ends there.
 
     Raises:
-        ConfigConflictError: an argument is out of its range.
+        ConfigConflictError: an argument is out of its range; or (after the sanity check of fit) validation gives no
+            metric `monitor`.
         CheckpointSaveError: (in fit, on all processes) a checkpoint could not be written, see `on_failed_save`.
         CheckpointError: (at the start of fit) a folder is where ``last.ckpt`` should be, or another run that still goes
             on keeps its checkpoints there.
@@ -129,6 +130,14 @@ class RolloutCheckpoint(ModelCheckpoint):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen(trainer)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A name that no validation gives would otherwise be found at the first one, hours later."""
+        known = sorted(name for name in trainer.callback_metrics if not name.startswith("train/"))
+        if self.monitor is not None and self.monitor not in known:
+            raise ConfigConflictError(
+                f"monitor is {self.monitor!r}, which validation does not give: there are {', '.join(known) or 'none'}."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

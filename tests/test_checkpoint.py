@@ -139,6 +139,14 @@ def test_keeps_the_best_by_a_validation_metric(tiny_policy, make_trainer, tmp_pa
     assert Path(callback.best_model_path).name == f"best-step={2 if mode == 'max' else 1}.ckpt"
 
 
+def test_a_metric_that_validation_does_not_give_is_refused_before_training(tiny_policy, make_trainer, tmp_path):
+    callback = RolloutCheckpoint(monitor="val/scor", dirpath=str(tmp_path))
+    trainer = make_trainer(2, callbacks=[Scores([0.1]), callback], limit_val_batches=1.0, num_sanity_val_steps=1)
+    with pytest.raises(ConfigConflictError, match=r"monitor is 'val/scor', which validation .* there are val/score\."):
+        trainer.fit(grpo(tiny_policy), datamodule=data(tiny_policy))
+    assert trainer.global_step == 0
+
+
 def test_sft_resumes_exactly_too(tiny_policy, make_trainer, tmp_path):
     def sft():
         return SFTModule(tiny_policy, optimizer=adamw, schedule="linear")
