@@ -230,6 +230,10 @@ class RFTDataModule(LightningDataModule, ABC):
             worker_init_fn=leave_signals_to_parent,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the Trainer: where processes are not forked, those that load data would each get model and all."""
+        return {**self.__dict__, "trainer": None}
+
     def _process(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 

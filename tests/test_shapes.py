@@ -1,8 +1,11 @@
+import pickle
 from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
+from rft_lightning import SFTModule
 from rft_lightning.datamodules import ShapesDataModule
 from rft_lightning.datamodules.shapes import COLOURS
 from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask
@@ -107,3 +110,17 @@ def test_the_grounded_shape_is_unique_in_its_picture():
 def test_errors(arguments, words):
     with pytest.raises(ValueError, match=words):
         ShapesDataModule(**arguments)
+
+
+def test_processes_that_load_data_get_no_trainer(tiny_policy, make_trainer):
+    """Which they would wherever Python does not fork, with the model and all that is sharded of it."""
+    data = ShapesDataModule(processor=tiny_policy, train_size=4, batch_size=2)
+    trainer = make_trainer(1)
+    trainer.fit(SFTModule(tiny_policy, schedule="constant"), datamodule=data)
+    assert data.trainer is trainer
+    loader = data.train_dataloader()
+    dataset, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    batch = collate([dataset[0, 0], dataset[1, 0]])
+    expected = loader.collate_fn([loader.dataset[0, 0], loader.dataset[1, 0]])
+    assert torch.equal(batch.input_ids, expected.input_ids)
+    assert dataset.samples.data.trainer is None
