@@ -1,7 +1,9 @@
 """QLoRA: adapters on a policy in 4 bits, which is the same numbers in training, rollouts, reference and export."""
 
 import copy
+import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from rft_lightning.policy.loading import load_config, load_policy
 from rft_lightning.policy.plain import plain_group_logprobs
 from rft_lightning.policy.quantization import BLOCK, dequantized, is_quantized, kept_layers, quantized_layers
 from rft_lightning.policy.shared_prefix import group_logprobs
+from rft_lightning.policy.tiny import build_tiny, shapes_corpus
 from rft_lightning.tasks import DetectionTask
 
 LORA = {"r": 4, "lora_alpha": 8}
@@ -247,6 +250,36 @@ def test_a_tuned_policy_is_exported_dequantised(tiny_policy, make_trainer, tmp_p
     assert (start - unquantised).abs().mean() > 5 * close
 
 
+def test_a_quantised_tower_trains_and_is_exported(make_trainer, tmp_path):
+    """Of a policy whose tower is 64 wide; in the other tests its rows are no whole blocks."""
+    folder = str(build_tiny(tmp_path / "start", shapes_corpus(200), width=128, layers=2, vision_width=64))
+    assert kept_layers(load_config(folder)) == ["lm_head"]
+    module, start = grpo(folder), load_policy(folder, lora=LORA, quantize="nf4")
+    linear = {name for name, m in load_policy(folder).named_modules() if isinstance(m, torch.nn.Linear)}
+    tower = {name for name in linear if "visual.blocks" in name}
+    assert tower
+    prompt = data(folder)
+    prompt = prompt.encoder([prompt.sample("train", i) for i in range(2)])
+    make_trainer(3, callbacks=[HFExport(tmp_path / "policy")]).fit(module, datamodule=data(folder))
+    policy = base_model(module.policy)
+    assert {name.removesuffix(".base_layer") for name in quantized_layers(policy)} == linear - {"lm_head"}
+    module.policy.zero_grad()
+    logprobs(module.policy, prompt).sum().backward()
+    for name in tower:
+        for adapter in ("lora_A", "lora_B"):
+            weight = policy.get_submodule(name).get_submodule(f"{adapter}.default").weight
+            assert weight.grad.norm() > 0, name
+        assert weight.norm() > 1e-3, name  # B, which starts as zeros
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "policy")
+    with torch.no_grad():
+        tuned, exported = logprobs(module.policy.eval(), prompt), logprobs(loaded, prompt)
+        torch.testing.assert_close(exported, tuned, atol=1e-4, rtol=0)
+        assert (tuned - logprobs(start, prompt)).abs().max() > 1e-2
+        for name in tower:  # what was quantised in the tower is what the export and the policy compute with
+            policy.set_submodule(name, load_policy(folder).get_submodule(name))
+        assert (tuned - logprobs(module.policy, prompt)).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_precisions_leave_the_codes_alone(tiny_policy, make_trainer, precision):
     module = grpo(tiny_policy)
@@ -308,6 +341,33 @@ def test_adapters_written_alone_are_put_on_the_quantised_model_by_peft(tiny_poli
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapters")
     with torch.no_grad():
         assert torch.equal(logprobs(loaded.eval(), batch), logprobs(model.eval(), batch))
+
+
+# What it costs
+
+
+def test_the_benchmark_finds_what_each_part_costs(monkeypatch, tmp_path, capsys):
+    folder = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    spec = importlib.util.spec_from_file_location("quantization_benchmark", folder / "quantization.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setattr(benchmark, "LAYER", (64, 64))
+    results = benchmark.main(["--pictures", "2", "--batch", "1", "--rounds", "1", "--output", f"{tmp_path}/o"])
+    assert json.loads((tmp_path / "o").read_text())["parts"] == results["parts"]
+    parts = dict(results["parts"])
+    every = parts.pop("all")
+    assert every["weights"] == sum(part["weights"] for part in parts.values()) > 900_000
+    assert all(0 < part["kl"] < part["difference"] for part in (*parts.values(), every))
+    # Of [1/2, 1/4, 1/4] from [1/4, 1/4, 1/2], in tokens as the former draws them.
+    before, after = torch.tensor([0.5, 0.5, 0.25, 0.25]).log(), torch.tensor([0.25, 0.25, 0.25, 0.5]).log()
+    assert benchmark.cost(before, after)["kl"] == pytest.approx(math.log(2) / 4)
+    assert "weights per second and core" in capsys.readouterr().out
+    # The rounding is that of quantised layers.
+    weight = load_policy("asset:tiny-qwen2-vl").get_submodule("model.language_model.layers.0.mlp.down_proj").weight
+    whole = base_model(dequantized(load_policy("asset:tiny-qwen2-vl", lora=LORA, quantize="nf4")))
+    expected = whole.get_submodule("model.language_model.layers.0.mlp.down_proj").base_layer.weight
+    assert torch.equal(benchmark.rounded(weight.detach()), expected)
 
 
 # Refusals

@@ -1,4 +1,4 @@
-"""Optimisers and kinds of adapters that a run may name, the overlays of configs/tuning, and what is refused and why."""
+"""Optimisers and kinds of adapters that a run may name, what of them is float32, and the overlays of configs/tuning."""
 
 import contextlib
 import io
@@ -6,32 +6,33 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from rft_lightning import SFTModule
 from rft_lightning.callbacks import RolloutCheckpoint
-from rft_lightning.checkpointing import export_policy
+from rft_lightning.checkpointing import export_policy, merged
 from rft_lightning.cli import main
 from rft_lightning.datamodules import ShapesDataModule
-from rft_lightning.errors import ConfigConflictError
+from rft_lightning.errors import CheckpointError, ConfigConflictError
 from rft_lightning.memory import PolicySizes, Setup
 from rft_lightning.policy.adapters import save_adapters
 from rft_lightning.policy.families import base_model
 from rft_lightning.policy.loading import load_policy, load_processor
 from rft_lightning.policy.plain import plain_group_logprobs
+from rft_lightning.policy.rollout import sample_groups
+from rft_lightning.policy.shared_prefix import group_logprobs
 from rft_lightning.report.memory_table import published_config
-from rft_lightning.sharding import FSDP2Strategy
-from rft_lightning.trainer import check_trainer
 
 ROOT = Path(__file__).parent.parent
-CONFIGS, DOC = ROOT / "configs", ROOT / "docs" / "tuning.md"
+CONFIGS = ROOT / "configs"
+SHARED = ("prefix_cache", "packed")
 LORA = {"r": 4, "lora_alpha": 8}
 
 
@@ -188,9 +189,132 @@ def test_adapters_written_alone_are_loaded_by_peft(tiny_policy, make_trainer, tm
     assert (expected - logprobs(base_model(load_policy(tiny_policy)), batch)).abs().max() > 1e-2
 
 
+def test_the_base_of_adapters_written_alone_is_found_by_peft(tmp_path):
+    """Of the policies shipped in this package, which peft knows nothing of, the files name the folder."""
+    from peft import PeftConfig
+
+    policy = load_policy("asset:tiny-qwen2-vl", lora={"r": 2})
+    for base in ("asset:tiny-qwen2-vl", None):
+        save_adapters(policy, tmp_path / "adapters", base=base)
+        named = PeftConfig.from_pretrained(tmp_path / "adapters").base_model_name_or_path
+        start = AutoModelForImageTextToText.from_pretrained(named).state_dict()
+        assert all(torch.equal(start[name], value) for name, value in load_policy(named).state_dict().items())
+    with pytest.raises(CheckpointError, match=r"No checkpoint folder at '/nowhere/policy'"):
+        save_adapters(policy, tmp_path / "adapters", base="/nowhere/policy")
+
+
 def test_a_policy_without_adapters_has_none_to_write(tiny_policy, tmp_path):
     with pytest.raises(ConfigConflictError, match=r"no adapters.*without model.lora"):
         save_adapters(load_policy(tiny_policy), tmp_path)
+
+
+# What is trained is float32
+
+
+WHOLE = {
+    "projector": (["merger"], ["k_proj"]),
+    "head": (["lm_head"], ["k_proj"]),
+    "embeddings": (["embed_tokens"], ["k_proj"]),
+    "tower": (["visual"], ["k_proj"]),
+    "language model": (["language_model"], ["fc1"]),
+    "parts of a layer": (["mlp", "input_layernorm"], ["k_proj"]),
+}
+
+
+def settings_of(kind):
+    whole, adapted = WHOLE[kind]
+    return {"dtype": "bfloat16", "lora": {"r": 4, "target_modules": adapted, "modules_to_save": whole}}
+
+
+def trained_whole(policy):
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad and "modules_to_save" in name}
+
+
+def routes(policy, folder, batch, checkpointing):
+    """Log-probs by every layout, and texts by both engines."""
+    ids = torch.randint(10, 200, (2, 2, 6), generator=torch.Generator().manual_seed(0))
+    mask, layouts = torch.ones_like(ids).bool(), ("plain", "packed") if checkpointing else ("plain", *SHARED)
+    found = [group_logprobs(policy, batch, ids, mask, forward=layout) for layout in layouts]
+    options = {"tokenizer": load_processor(folder).tokenizer, "max_completion_length": 5, "seed": 0}
+    texts = [sample_groups(policy, batch, 2, engine=engine, **options).texts for engine in ("native", "hf")]
+    return torch.stack(found), texts
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Input and output embeddings are no")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_parts_trained_whole_are_float32_in_a_bfloat16_policy_and_compute_as_exported(
+    tiny_policy, batch, kind, checkpointing
+):
+    settings = {**settings_of(kind), "gradient_checkpointing": checkpointing}
+    policy, start = load_policy(tiny_policy, **settings), load_policy(tiny_policy, **{**settings, "lora": None})
+    assert {parameter.dtype for parameter in policy.parameters() if parameter.requires_grad} == {torch.float32}
+    before, texts = routes(policy, tiny_policy, batch, checkpointing)
+    expected = routes(start, tiny_policy, batch, checkpointing)
+    assert torch.equal(before, expected[0])
+    assert texts == expected[1]
+    before.sum().backward()
+    with torch.no_grad():
+        for name, parameter in trained_whole(policy).items():
+            assert parameter.grad.dtype == torch.float32, name
+            assert parameter.grad.norm() > 0, name
+            parameter.add_(torch.randn_like(parameter), alpha=1e-2)
+        tuned = routes(policy, tiny_policy, batch, checkpointing)
+        exported = merged(policy).train()
+        assert type(exported) is type(start)
+        assert {parameter.dtype for parameter in exported.parameters()} == {torch.bfloat16}
+        assert [type(module) for module in exported.modules()] == [type(module) for module in start.modules()]
+        found = routes(exported, tiny_policy, batch, checkpointing)
+        assert torch.equal(found[0], tuned[0])
+        assert found[1] == tuned[1]
+        assert (tuned[0] - before).abs().max() > 1e-2
+        with policy.disable_adapter():
+            assert torch.equal(routes(policy, tiny_policy, batch, checkpointing)[0], before)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_updates_of_1e_5_are_not_rounded_away(tiny_policy, make_trainer, tmp_path, batch, quantize):
+    """In bfloat16, less than one weight in ten would change."""
+    settings = {**settings_of("projector"), "quantize": quantize}
+    small = lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0)  # noqa: E731
+    module = sft(tiny_policy, optimizer=small, **settings)
+    start = {name: p.detach().clone() for name, p in trained_whole(module._load()).items()}
+    callbacks = [RolloutCheckpoint(dirpath=str(tmp_path))]
+    make_trainer(3, callbacks=callbacks).fit(module, datamodule=data(tiny_policy))
+    tuned = trained_whole(module.policy)
+    changed = torch.cat([(tuned[name] != value).flatten() for name, value in start.items()])
+    assert changed.float().mean() > 0.95
+    again = sft(tiny_policy, **settings)
+    again.load_for_sampling(str(tmp_path / "last.ckpt"))
+    assert all(torch.equal(value, tuned[name]) for name, value in trained_whole(again.policy).items())
+    save_adapters(module.policy, tmp_path / "adapters")
+    saved = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    exported = merged(module.policy)
+    for name, value in tuned.items():
+        name = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+        assert torch.equal(exported.get_parameter(name), value.bfloat16()), name
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Input and output embeddings are no")
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"modules_to_save": ["lm_head", "embed_tokens"], "ensure_weight_tying": True},
+        {"trainable_token_indices": [3, 5]},
+        {"use_dora": True},
+    ],
+    ids=["tied", "tokens", "dora"],
+)
+def test_so_is_all_else_that_is_trained(tiny_policy, batch, more):
+    lora = {"r": 4, "target_modules": ["k_proj"], **more}
+    policy = load_policy(tiny_policy, dtype="bfloat16", lora=lora)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    start = load_policy(tiny_policy, dtype="bfloat16")
+    if "use_dora" not in more:  # whose norms are computed anew
+        assert torch.equal(logprobs(policy, batch), logprobs(start, batch))
+    assert {parameter.dtype for parameter in merged(policy).parameters()} == {torch.bfloat16}
 
 
 # Overlays
@@ -266,56 +390,3 @@ def test_the_arithmetic_of_one_card_is_that_of_the_estimate(more, stated):
     (number,) = re.findall(rf"{stated}\s+(\d+\.\d)", text)
     assert abs(needed - float(number)) < 0.06
     assert needed < 0.9 * 24
-
-
-# The support matrix
-
-
-def under(strategy, **kwargs):
-    """A check of a Trainer with this strategy."""
-    settings = {"precision": "32-true", "accumulate_grad_batches": 1, "gradient_clip_val": None}
-    check_trainer(SimpleNamespace(strategy=strategy, **settings), **kwargs)
-
-
-REFUSALS = {
-    ("QLoRA", "FSDP2"): lambda: under(FSDP2Strategy(), quantize="nf4"),
-    ("QLoRA", "HSDP"): lambda: under(FSDP2Strategy(shard_size=2), quantize="nf4"),
-}
-
-
-def matrix() -> dict[tuple[str, str], str]:
-    """The cells of the table in docs/tuning.md by row and column."""
-    rows = [line.strip("| ").split(" | ") for line in DOC.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
-    first = next(number for number, row in enumerate(rows) if "FSDP2" in row)
-    columns, body = rows[first], rows[first + 2 :]
-    return {(row[0], column): cell for row in body for column, cell in zip(columns[1:], row[1:], strict=True)}
-
-
-def test_the_matrix_has_every_cell_and_says_one_of_three_things():
-    cells = matrix()
-    assert {column for _, column in cells} == {"one device", "DDP", "FSDP2", "HSDP"}
-    for place, cell in cells.items():
-        assert re.match(r"tested|refused: |not verified: |does not apply", cell), (place, cell)
-
-
-def test_what_the_matrix_calls_refused_is_refused_for_that_reason(tiny_policy, make_trainer):
-    def sharded(**options):
-        module = sft(tiny_policy, optimizer=adamw_8bit)
-        make_trainer(1, strategy=FSDP2Strategy(**options)).fit(module, datamodule=data(tiny_policy))
-
-    refusals = {
-        **REFUSALS,
-        ("8-bit optimiser", "FSDP2"): sharded,
-        ("8-bit optimiser", "HSDP"): lambda: sharded(shard_size=1),
-    }
-    refused = {place: cell.removeprefix("refused: ") for place, cell in matrix().items() if cell.startswith("refused")}
-    assert refused.keys() == refusals.keys()
-    for place, reason in refused.items():
-        with pytest.raises(ConfigConflictError, match=re.escape(reason)):
-            refusals[place]()
-
-
-def test_the_tests_that_the_matrix_names_exist():
-    named = set(re.findall(r"`(test_\w+)`", DOC.read_text(encoding="utf-8")))
-    assert named
-    assert all((ROOT / "tests" / f"{name}.py").is_file() for name in named)
