@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.flops import PolicyCosts, policy_costs
-from rft_lightning.memory_setup import DDP, FSDP2, Setup
+from rft_lightning.memory_setup import DDP, FSDP2, Memory, Setup
 from rft_lightning.policy.decoding import FIRST_ROOM
 from rft_lightning.policy.families import FAMILIES, PARTS, base_model, check_parts, family_of, part_parameters
 from rft_lightning.policy.loading import DTYPES, add_adapters, lora_config
@@ -31,6 +31,7 @@ from rft_lightning.policy.shared_prefix import shares_keys
 from rft_lightning.sharding import blocks
 
 FLOAT = torch.float32.itemsize
+OTHER_OPTIMIZER = "Estimate with another optimiser: --model.optimizer AdamW keeps two numbers per weight."
 # Double quantisation of NF4, as bitsandbytes stores it: a byte per block of weights, one float for 256 of those, and
 # two tables and an offset per layer.
 SCALES_PER_FLOAT, TABLES = 256, (16 + 256 + 1) * FLOAT
@@ -77,68 +78,6 @@ class Weight:
         return -(-self.count // 2) + scales + -(-scales // SCALES_PER_FLOAT) * FLOAT + TABLES
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device; what is there all the time, and what the three phases of a step need beside it.
-
-    Attributes:
-        weights: of the policy.
-        reference: of the reference model.
-        optimizer: the optimiser's state.
-        buckets: DDP's copy of the gradients.
-        gradients: of the trained weights; there from the first backward to the optimiser step.
-        cast: autocast's copies of weights, kept to the end of a backward.
-        cast_trained: those of trained weights, kept to the end of the step.
-        gathered_rollout: what fsdp2 gathers for a rollout.
-        gathered_update: what fsdp2 holds gathered at once in forward and backward, with the gradients of that.
-        cache: keys and values of a rollout.
-        prefill: the prompts' keys and values once more, as the model computes them, and a block's work on them.
-        sampling: logits of a decode step, and what drawing from them needs.
-        activations: what a micro-batch keeps for backward.
-        working: what the block at hand needs beside that: its gradients and, under checkpointing, its activations anew.
-        head: log-probs from hidden states, forward and backward.
-        stepping: temporaries of the optimiser's step.
-    """
-
-    weights: int
-    reference: int
-    optimizer: int
-    buckets: int
-    gradients: int
-    cast: int
-    cast_trained: int
-    gathered_rollout: int
-    gathered_update: int
-    cache: int
-    prefill: int
-    sampling: int
-    activations: int
-    working: int
-    head: int
-    stepping: int
-
-    @property
-    def always(self) -> int:
-        """What is there in every phase."""
-        return self.weights + self.reference + self.optimizer + self.buckets
-
-    @property
-    def phases(self) -> dict[str, int]:
-        """What each phase of a step needs, with what is always there."""
-        update = self.gradients + self.cast + self.gathered_update + self.activations + max(self.working, self.head)
-        rollout = self.cast_trained + self.gathered_rollout + self.cache + max(self.prefill, self.sampling)
-        return {
-            "rollout": self.always + rollout,
-            "update": self.always + update,
-            "step": self.always + self.gradients + self.cast_trained + self.stepping,
-        }
-
-    @property
-    def total(self) -> int:
-        """What the phase that needs most needs."""
-        return max(self.phases.values())
-
-
 class PolicySizes:
     """A policy without weights, and what can be counted on it.
 
@@ -151,7 +90,7 @@ class PolicySizes:
         setup.check()
         self.config, self.setup = config, setup
         self.model: Any = self._build()
-        self._optimizer_bytes: dict[int, int] = {}
+        self._optimizers: dict[int, Any] = {}
 
     def _build(self) -> nn.Module:
         from transformers import AutoModelForImageTextToText
@@ -163,6 +102,10 @@ class PolicySizes:
                 f"their parts (known: {', '.join(FAMILIES)}). docs/adding-a-model.md tells how a family is added."
             )
         check_parts(setup.freeze, self.config)
+        if set(setup.freeze) == set(PARTS):
+            raise ConfigConflictError(
+                f"There is nothing to train: freeze names all parts ({', '.join(setup.freeze)}). Drop one."
+            )
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(
                 self.config, dtype=DTYPES[setup.dtype], attn_implementation=setup.attn_implementation
@@ -201,35 +144,52 @@ class PolicySizes:
     # What follows from the weights
 
     def optimizer_bytes(self, shards: int = 1) -> int:
-        """The state that the optimiser keeps for what rank 0 trains, found by a step on tensors without memory.
+        """The state that the optimiser keeps for what rank 0 trains.
 
         Raises:
-            ConfigConflictError: the optimiser cannot make such a step.
+            ConfigConflictError: the optimiser cannot make a step.
         """
-        if shards in self._optimizer_bytes:
-            return self._optimizer_bytes[shards]
+        states = self._stepped(shards).state.values()
+        tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+    def stepping_bytes(self, shards: int = 1) -> int:
+        """Temporaries: torch's step over all parameters at once (its way on GPUs) holds one state more."""
+        ours = type(self._stepped(shards)).__module__.startswith("torch.")
+        stateful = self.optimizer_bytes(shards) > FLOAT * len(self.weights)
+        return sum(w.bytes(shards) for w in self.weights if w.trained) if ours and stateful else 0
+
+    def _stepped(self, shards: int) -> Any:
+        """The optimiser of what rank 0 trains after a step, which was made on tensors without memory."""
+        if shards in self._optimizers:
+            return self._optimizers[shards]
         with FakeTensorMode(allow_non_fake_inputs=True):
             parameters = [nn.Parameter(torch.empty(w.local(shards), dtype=w.dtype)) for w in self.weights if w.trained]
             for parameter in parameters:
                 parameter.grad = torch.empty_like(parameter)
-        optimizer = self.setup.optimizer(parameters)
         try:
+            optimizer = self.setup.optimizer(parameters)
             optimizer.step()
         except DataDependentOutputException as error:
             raise ConfigConflictError(
                 f"{type(optimizer).__name__} looks at the numbers it updates, so what it keeps cannot be known without "
-                "them. Estimate with another optimiser: --model.optimizer AdamW keeps two numbers per weight."
+                f"them. {OTHER_OPTIMIZER}"
             ) from error
-        values = [value for state in optimizer.state.values() for value in state.values()]
-        tensors = [value for value in values if isinstance(value, torch.Tensor)]
-        self._optimizer_bytes[shards] = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-        return self._optimizer_bytes[shards]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigConflictError(
+                f"The optimiser cannot make a step on what is trained, here or in a run: {error} {OTHER_OPTIMIZER}"
+            ) from error
+        self._optimizers[shards] = optimizer
+        return optimizer
 
-    def stepping_bytes(self, shards: int = 1) -> int:
-        """Temporaries: torch's step over all parameters at once (its way on GPUs) holds one state more."""
-        ours = type(self.setup.optimizer([nn.Parameter(torch.empty(1))])).__module__.startswith("torch.")
-        stateful = self.optimizer_bytes(shards) > FLOAT * len(self.weights)
-        return sum(w.bytes(shards) for w in self.weights if w.trained) if ours and stateful else 0
+    def _check_optimizer(self) -> None:
+        """As a run does, where parameters are sharded."""
+        optimizer = type(self._stepped(self.setup.shards))
+        if self.setup.strategy == FSDP2 and optimizer.__module__.startswith("bitsandbytes"):
+            raise ConfigConflictError(
+                f"bitsandbytes' {optimizer.__name__} cannot update parameters that fsdp2 shards: its kernels read the "
+                "memory of a whole tensor. Use torch.optim.AdamW, whose state is sharded too, or the strategy ddp."
+            )
 
     def reference_bytes(self, shards: int = 1) -> int:
         """A second copy of the weights, where they are all trained; with adapters the policy without them serves."""
@@ -290,29 +250,33 @@ class PolicySizes:
         """Keys and values of one token in all layers."""
         return self._costs.key_value_bytes * len(self._costs.windows)
 
-    def cache_bytes(self) -> int:
-        """Keys and values of a rollout: each prompt's once, each completion's in room that doubles.
+    def cache_bytes(self, prompts: int, group_size: int) -> int:
+        """Keys and values of answers: each prompt's once, each completion's in room that doubles.
 
         Where prompts cannot be shared, each completion has its prompt's too.
         """
         setup, room = self.setup, FIRST_ROOM
         while room < setup.completion_tokens - 1:
             room *= 2
-        shared = setup.prompt_tokens + setup.group_size * room
-        apart = setup.group_size * (setup.prompt_tokens + setup.completion_tokens)
-        return setup.rollout_prompts * (shared if self._shares_keys else apart) * self._token_bytes()
+        shared = setup.prompt_tokens + group_size * room
+        apart = group_size * (setup.prompt_tokens + setup.completion_tokens)
+        return prompts * (shared if self._shares_keys else apart) * self._token_bytes()
 
-    def prefill_bytes(self) -> int:
+    def prefill_bytes(self, prompts: int) -> int:
         """The prompts' keys and values as the model returns them, before they are stored, and a block's work."""
-        setup = self.setup
-        tokens = setup.rollout_prompts * setup.prompt_tokens
-        trained = setup.micro_batch_prompts * (setup.prompt_tokens + setup.group_size * setup.completion_tokens)
-        return tokens * self._token_bytes() + self._saved.block * tokens // trained
+        tokens = prompts * self.setup.prompt_tokens
+        work = max(self._saved.per_image * prompts, self._saved.per_token * tokens)
+        return tokens * self._token_bytes() + int(work)
 
-    def sampling_bytes(self) -> int:
-        """The logits of a decode step; scaled and masked copies of them in float32."""
-        rows, head = self.setup.rollout_prompts * self.setup.group_size, base_model(self.model).get_output_embeddings()
+    def sampling_bytes(self, rows: int) -> int:
+        """The logits of a decode step of so many answers; scaled and masked copies of them in float32."""
+        head = base_model(self.model).get_output_embeddings()
         return rows * head.out_features * (self.compute_dtype.itemsize + 3 * FLOAT)
+
+    def validation_bytes(self) -> int:
+        """One answer to each prompt of a validation batch, all at the same time."""
+        prompts = self.setup.eval_prompts
+        return self.cache_bytes(prompts, 1) + max(self.prefill_bytes(prompts), self.sampling_bytes(prompts))
 
     @cached_property
     def _saved(self) -> Saved:
@@ -355,10 +319,11 @@ class PolicySizes:
             other = replace(self.setup, **processes)
             other.check()
             return self._with(other).memory()
+        self._check_optimizer()
         setup, shards = self.setup, self.setup.shards
         trained = sum(w.bytes(shards) for w in self.weights if w.trained)
         here = 0 if setup.offload_policy else 1
-        sharded, rolls_out = setup.strategy == FSDP2, setup.rollout_prompts > 0
+        sharded, answers = setup.strategy == FSDP2, setup.rollout_prompts + setup.eval_prompts > 0
         return Memory(
             weights=here * sum(w.bytes(shards) for w in self.weights),
             reference=0 if setup.offload_reference else self.reference_bytes(shards),
@@ -367,15 +332,16 @@ class PolicySizes:
             gradients=here * trained,
             cast=self.cast_bytes(trained_only=False),
             cast_trained=self.cast_bytes(trained_only=True),
-            gathered_rollout=self.gathered_bytes(whole=setup.gather_for_rollouts) if sharded and rolls_out else 0,
+            gathered_rollout=self.gathered_bytes(whole=setup.gather_for_rollouts) if sharded and answers else 0,
             gathered_update=self.gathered_bytes(whole=False) + self.gathered_gradient_bytes() if sharded else 0,
-            cache=self.cache_bytes(),
-            prefill=self.prefill_bytes(),
-            sampling=self.sampling_bytes(),
+            cache=self.cache_bytes(setup.rollout_prompts, setup.group_size),
+            prefill=self.prefill_bytes(setup.rollout_prompts),
+            sampling=self.sampling_bytes(setup.rollout_prompts * setup.group_size),
             activations=saved.kept,
             working=saved.block,
             head=self.head_bytes(),
             stepping=here * self.stepping_bytes(shards),
+            validation=self.validation_bytes(),
         )
 
     def _with(self, setup: Setup) -> PolicySizes:

@@ -19,9 +19,10 @@ from rft_lightning.errors import AnnotationError, ConfigConflictError, RFTError
 from rft_lightning.policy_module import PolicyModule
 from rft_lightning.report.contact_sheet import contact_sheet
 from rft_lightning.sample import Sample
+from rft_lightning.trainer import RFTTrainer
 
-# What configurations of other commands state beside `data` and `model`.
-_UNUSED = ("trainer", "ckpt_path", "weights_only", "verbose")
+# What configurations of other commands state beside `data`, `model` and `trainer`.
+_UNUSED = ("ckpt_path", "weights_only", "verbose")
 # Options of --estimate, each in place of what the configuration says.
 _OVERRIDES = ("devices", "num_nodes", "strategy", "precision", "prompt_tokens")
 _LOOKED_AT = 64  # samples of a split among which those of the preview are chosen
@@ -146,8 +147,7 @@ def run_prepare(words: Sequence[str], data_class: type) -> None:
         raise ConfigConflictError("There is no data block. Name a file with one: rft prepare -c configs/coco.yaml")
     if config.seed_everything is not False:
         seed_everything(None if config.seed_everything is True else config.seed_everything, workers=True, verbose=False)
-    for name in _UNUSED:
-        config[name] = None  # else jsonargparse makes the objects that the trainer's block names
+    del config["trainer"]  # else jsonargparse makes the objects that its block names
     with named_errors():
         data = parser.instantiate_classes(config).data
     if config.model is not None:
@@ -179,7 +179,7 @@ def prepare_parser(data_class: type) -> jsonargparse.ArgumentParser:
         "--estimate", action="store_true", help="Print the memory a run needs per device, and nothing else; no data."
     )
     for name, kind, text in (
-        ("devices", int | str, "devices per node"),
+        ("devices", list[int] | int | str, "devices per node, or which"),
         ("num_nodes", int, "nodes"),
         ("strategy", str, "strategy: auto, ddp or fsdp2"),
         ("precision", str, "precision: 32-true, bf16-mixed or bf16-true"),
@@ -189,6 +189,8 @@ def prepare_parser(data_class: type) -> jsonargparse.ArgumentParser:
     parser.add_argument("--seed_everything", type=bool | int, default=0, help="Seed of the run; data.seed follows.")
     parser.add_subclass_arguments(data_class, "data", fail_untyped=False)
     parser.add_subclass_arguments(PolicyModule, "model", fail_untyped=False, instantiate=False)
+    # By its types, as `fit` reads it: what has none is replaced as a whole by the next file.
+    parser.add_class_arguments(RFTTrainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True)
     for name in _UNUSED:
         parser.add_argument(f"--{name}", type=Any, help=jsonargparse.SUPPRESS)
     return parser

@@ -1,9 +1,11 @@
 """The job scripts and strategy overlays of configs/, run with stand-ins for the cluster's commands on one machine."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,54 @@ def test_the_8_node_script_keeps_the_papers_16_prompts(tmp_path):
     assert words[-2] == "--data.batch_size"
     assert int(options["nodes"]) * int(options["ntasks-per-node"]) * int(words[-1]) == 16
     assert options["gpus-per-node"] == options["ntasks-per-node"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(("words", "said"), [([], "usage: "), (["no.yaml"], "there is no file no.yaml")])
+def test_scripts_look_at_the_task_before_anything_starts(path, words, said, tmp_path):
+    for name in ("sbatch", "srun", "python"):
+        script(tmp_path / "bin", name, f"#!/bin/bash\ntouch {tmp_path}/started\n")
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "DEVICES": "1",
+        "SLURM_JOB_ID": "1",
+    }
+    done = subprocess.run(
+        ["bash", path, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert not (tmp_path / "started").exists()
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("listing", "found"), [(None, 0), ("exit 9", 0), ("echo GPU 0: A; echo GPU 1: A", 2)])
+def test_torchrun_counts_gpus_or_asks_for_devices(listing, found, tmp_path):
+    script(tmp_path / "bin", "python", '#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    if listing is not None:
+        script(tmp_path / "bin", "nvidia-smi", f"#!/bin/bash\n{listing}\n")
+    (tmp_path / "task.yaml").touch()
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "PYTHON": str(tmp_path / "bin" / "python")}
+    if listing is None:
+        environment["PATH"] = str(without_nvidia_smi(tmp_path / "tools"))
+    command = ["/bin/bash", CLUSTER / "torchrun.sh", "task.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    if found:
+        assert f"--nproc-per-node\n{found}\n" in done.stdout
+    else:
+        assert done.returncode == 2
+        assert done.stderr == (
+            "torchrun.sh: nvidia-smi names no GPU here; set DEVICES, the number of processes on this machine\n"
+        )
+
+
+def without_nvidia_smi(folder: Path) -> Path:
+    """A folder with what torchrun.sh calls, and nothing else."""
+    folder.mkdir()
+    for name in ("realpath", "basename", "mkdir", "cat", "grep"):
+        (folder / name).symlink_to(Path("/usr/bin") / name)
+    return folder
 
 
 # Runs
@@ -168,6 +218,18 @@ def test_a_failed_slurm_job_is_not_requeued(job):
     assert not (folder / "scontrol.log").exists()
 
 
+def test_a_job_that_cannot_be_requeued_says_how_to_go_on(job):
+    folder, environment = job
+    script(folder / "bin", "srun", "#!/bin/bash\nexit 75\n")
+    script(folder / "bin", "scontrol", "#!/bin/bash\nexit 1\n")
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "1"}
+    command = ["bash", CLUSTER / "slurm.sbatch", "task.yaml"]
+    done = subprocess.run(command, cwd=folder, check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 75
+    assert f"saved in {folder}/runs/7/checkpoints/last.ckpt" in done.stderr
+    assert f"submit it again with RUN={folder}/runs/7" in done.stderr
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
 def test_two_agents_of_torchrun_are_interrupted_and_go_on(job):
@@ -195,6 +257,69 @@ def test_two_agents_of_torchrun_are_interrupted_and_go_on(job):
     assert statuses == [0, 0], logs[0][-3000:] + logs[1][-3000:]
     assert "rank 1 of 2 at step 2" in logs[1]
     assert checkpointed(folder / "runs" / "task")["global_step"] == 3
+
+
+# A stand-in for rft_lightning: two processes that are told to stop, the first ending later than the second. As in a
+# run, a second signal ends them at once: it comes from torchrun as soon as one of them has ended.
+ENDS = """
+import os, signal, sys, time
+
+rank = int(os.environ["RANK"])
+
+def stop(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(0 if rank else 5)
+    sys.exit(int(os.environ["STATUS"]))
+
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, stop)
+open(f"ready{rank}", "w").close()
+time.sleep(120)
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGTERM", 3)])
+def test_a_signal_to_the_launcher_reaches_the_processes_and_their_status_comes_back(job, number, status):
+    folder, environment = job
+    (folder / "rft_lightning").mkdir()
+    (folder / "rft_lightning" / "__init__.py").touch()
+    (folder / "rft_lightning" / "__main__.py").write_text(ENDS)
+    variables = {"DEVICES": "2", "MASTER_PORT": str(free_port()), "STATUS": str(status)}
+    launcher = subprocess.Popen(
+        ["bash", CLUSTER / "torchrun.sh", "task.yaml"], cwd=folder, env={**environment, **variables},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(lambda: all((folder / f"ready{rank}").exists() for rank in range(2)), launcher)
+    launcher.send_signal(getattr(signal, number))
+    assert launcher.wait(timeout=60) == status
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_sigterm_to_the_launcher_saves_the_run(job):
+    folder, environment = job
+    (folder / "stopping.py").write_text(
+        STOP.replace("os.kill(os.getpid(), signal.SIGUSR1)", "open('now', 'w').close()")
+    )
+    variables = {"DEVICES": "2", "MASTER_PORT": str(free_port())}
+    command = ["bash", CLUSTER / "torchrun.sh", "task.yaml", "--trainer.max_steps", "2000"]
+    with (folder / "launcher.log").open("w") as log:
+        launcher = subprocess.Popen(
+            command, cwd=folder, env={**environment, **variables}, stdout=log, stderr=subprocess.STDOUT
+        )
+        wait_for((folder / "now").exists, launcher)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(timeout=300) == 75, (folder / "launcher.log").read_text()[-3000:]
+    assert checkpointed(folder / "runs" / "task")["global_step"] >= 2
+
+
+def wait_for(there, process, seconds=300):
+    end = time.monotonic() + seconds
+    while not there():
+        assert process.poll() is None, f"ended early with status {process.returncode}"
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def free_port() -> int:

@@ -1,6 +1,7 @@
 """The estimate of memory against what policies of the same settings are measured to hold."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rft_lightning.cli import main
 from rft_lightning.datamodules import ShapesDataModule
 from rft_lightning.errors import CheckpointError, ConfigConflictError
 from rft_lightning.memory import PolicySizes, estimate
-from rft_lightning.memory_setup import Setup
+from rft_lightning.memory_setup import Memory, Setup
 from rft_lightning.policy.decoding import SharedDecoder
 from rft_lightning.policy.families import FAMILIES
 from rft_lightning.policy.loading import evaluating, frozen_copy, load_config, load_policy
@@ -112,6 +113,23 @@ def test_an_8_bit_optimiser_keeps_two_bytes_per_weight():
     trained = sum(weight.count for weight in sizes.weights)
     # A scale for each 256 of both states, tables, and small tensors in float32.
     assert 2.03 * trained < sizes.optimizer_bytes() < 2.06 * trained
+
+
+@pytest.mark.parametrize("name", ["Muon", "LBFGS"])
+def test_an_optimiser_that_no_run_could_use_is_refused(tiny_policy, name):
+    sizes = PolicySizes(load_config(tiny_policy), Setup(optimizer=getattr(torch.optim, name)))
+    with pytest.raises(ConfigConflictError, match="The optimiser cannot make a step"):
+        sizes.memory()
+
+
+def test_an_8_bit_optimiser_cannot_be_sharded(tiny_policy):
+    from bitsandbytes.optim import AdamW8bit
+
+    sizes = PolicySizes(load_config(tiny_policy), Setup(optimizer=lambda parameters: AdamW8bit(list(parameters))))
+    assert sizes.memory().optimizer > 0
+    for processes in (1, 2):
+        with pytest.raises(ConfigConflictError, match="bitsandbytes' AdamW8bit cannot update parameters that fsdp2 sh"):
+            sizes.memory(strategy="fsdp2", processes=processes)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "qlora", "bfloat16"])
@@ -232,14 +250,50 @@ def test_ddp_holds_gradients_twice_and_fsdp2_shares_all_states(tiny_policy):
     assert host.gathered_update == sharded.gathered_update
 
 
-def test_what_no_run_could_have_is_refused():
-    config = published_config("Qwen2-VL-2B")
-    with pytest.raises(ConfigConflictError, match="does not divide 8"):
-        PolicySizes(config, Setup(strategy="fsdp2", processes=8, shard_size=3))
-    with pytest.raises(ConfigConflictError, match="fsdp2 cannot shard 4-bit"):
-        PolicySizes(config, Setup(strategy="fsdp2", processes=8, lora=LORA, quantize="nf4"))
-    with pytest.raises(ConfigConflictError, match="strategy"):
-        PolicySizes(config, Setup(strategy="deepspeed"))
+REFUSED = {
+    "does not divide 8.*--devices 3": {"strategy": "fsdp2", "processes": 8, "shard_size": 3},
+    "fsdp2 cannot shard 4-bit": {"strategy": "fsdp2", "processes": 8, "lora": LORA, "quantize": "nf4"},
+    "strategy to be one of": {"strategy": "deepspeed"},
+    "strategy single is one process.*found 2": {"processes": 2},
+    "nothing to train: freeze names all parts": {"freeze": ("vision_tower", "projector", "language_model")},
+    "micro_batch_prompts >= 1, found 0": {"micro_batch_prompts": 0},
+    "eval_prompts >= 0, found -1": {"eval_prompts": -1},
+    "is greater than prompt_tokens": {"prompt_tokens": 100, "image_tokens": 101},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_no_run_could_have_is_refused(message):
+    with pytest.raises(ConfigConflictError, match=message):
+        PolicySizes(published_config("Qwen2-VL-2B"), Setup(**REFUSED[message]))
+
+
+def test_a_validation_is_a_rollout_of_single_answers(tiny_policy):
+    settings = {"prompt_tokens": 40, "image_tokens": 20, "completion_tokens": 8, "mixed": True}
+    sizes = PolicySizes(load_config(tiny_policy), Setup(**settings, eval_prompts=32, rollout_prompts=32, group_size=1))
+    for strategy in ("ddp", "fsdp2"):
+        phases = sizes.memory(strategy=strategy, processes=2).phases
+        assert phases["validation"] == phases["rollout"]
+    supervised = PolicySizes(
+        load_config(tiny_policy), Setup(**settings, eval_prompts=32, rollout_prompts=0, group_size=1)
+    )
+    memory = supervised.memory(strategy="fsdp2", processes=2)
+    assert memory.phases.keys() == {"update", "step", "validation"}
+    assert memory.gathered_rollout == sum(w.count * 2 for w in supervised.weights)
+    assert memory.phases["validation"] == memory.always + memory.gathered_rollout + memory.validation
+    assert memory.total == memory.phases["validation"]
+    none = PolicySizes(load_config(tiny_policy), Setup(**settings, eval_prompts=0)).memory()
+    assert "validation" not in none.phases
+
+
+def test_checkpointing_changes_no_prefill(tiny_policy):
+    settings = {"prompt_tokens": 40, "image_tokens": 20, "completion_tokens": 8}
+    plain, recomputing = (
+        PolicySizes(load_config(tiny_policy), Setup(**settings, gradient_checkpointing=on)).memory()
+        for on in (False, True)
+    )
+    assert plain.prefill == recomputing.prefill > 0
+    assert recomputing.working == 2 * plain.working
 
 
 def worker(rank, folder, policy):
@@ -312,3 +366,138 @@ def test_a_policy_out_of_reach_is_named(monkeypatch):
 def test_options_of_an_estimate_mean_nothing_without_it():
     with pytest.raises(ConfigConflictError, match=r"--devices changes nothing but an estimate: add --estimate"):
         main(["prepare", "-c", str(ROOT / "configs" / "coco.yaml"), "--devices", "8"])
+
+
+COCO = ["prepare", "-c", str(ROOT / "configs" / "coco.yaml"), "--estimate", "--model.policy", "asset:tiny-qwen2-vl"]
+SMALL = ["--data.min_pixels", "784", "--data.max_pixels", "3136"]
+
+
+@pytest.fixture
+def printed(capsys):
+    """printed(*words) -> what the estimate of coco.yaml with the shipped policy prints, on one line."""
+
+    def estimate_of(*words: str) -> str:
+        main([*COCO, *SMALL, *words])
+        return " ".join(capsys.readouterr().out.split())
+
+    return estimate_of
+
+
+def test_files_are_laid_over_each_other_as_for_fit(printed):
+    overlay = str(ROOT / "configs" / "strategy" / "fsdp2.yaml")
+    laid = printed("-c", overlay, "--devices", "8")
+    assert laid == printed("--strategy", "fsdp2", "--devices", "8")
+    assert laid != printed("-c", overlay, "--devices", "8", "--precision", "32-true")
+
+
+def test_options_of_the_trainer_are_those_of_the_estimate(printed):
+    assert printed("--trainer.precision", "32-true") == printed("--precision", "32-true")
+    assert printed("--trainer.devices", "4") == printed("--devices", "4")
+    assert printed("--trainer.devices", "[0,1]", "--trainer.strategy", "fsdp2") == printed(
+        "--devices", "2", "--strategy", "fsdp2"
+    )
+
+
+def test_precisions_have_lightnings_other_names(printed):
+    mixed, full = printed("--precision", "bf16-mixed"), printed("--precision", "32-true")
+    assert mixed != full
+    assert printed("--precision", "bf16") == printed("--trainer.precision", "bf16") == mixed
+    assert printed("--precision", "32") == printed("--trainer.precision", "32") == full
+
+
+@pytest.mark.parametrize(("given", "count"), [("[0,1]", 2), ("0,1", 2), ("3,", 1), ("4", 4), ("auto", 1)])
+def test_devices_are_counted(printed, given, count, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert f" {count} x {'ddp' if count > 1 else 'single'}," in printed("--devices", given)
+
+
+WRONG = {
+    "--devices abc": "Expected --devices .* found 'abc'",
+    "--devices 0": "Expected --devices .* found 0",
+    "--devices [0,0]": "Expected --devices",
+    "--devices []": "Expected --devices",
+    "--devices -3": "Expected --devices",
+    "--num_nodes 0": "Expected --num_nodes >= 1, found 0",
+    "--prompt_tokens 0": "Expected --prompt_tokens >= 1, found 0",
+    "--prompt_tokens -5": "Expected --prompt_tokens >= 1, found -5",
+    "--data.max_pixels 100": r"min_pixels \(784\) is greater than max_pixels \(100\)",
+    "--data.max_pixels 100 --data.min_pixels null": r"min_pixels \(882\) is greater than max_pixels \(100\)",
+    "--data.batch_size 0": "Expected data.batch_size >= 1, found 0",
+    "--data.eval_batch_size 0": "Expected data.eval_batch_size >= 1, found 0",
+    "--model.micro_batch_prompts 0": "Expected model.micro_batch_prompts >= 1, found 0",
+    "--strategy single --devices 2": "strategy single is one process",
+    "--precision 16": "float16 needs loss scaling, which manual steps do not do",
+    "--precision 16-true": "float16 needs loss scaling, which manual steps do not do",
+    "--precision 64 --strategy fsdp2": "fsdp2 runs in precision 32-true, bf16-mixed, bf16-true, found 64-true",
+    "--precision abc": "Nothing is known about the memory of trainer.precision abc",
+    "--trainer.accumulate_grad_batches 4": "One batch is already split into optimiser steps",
+    "--model.attn_implementation abc": "Expected model.attn_implementation to be one of sdpa, eager.*found 'abc'",
+    f"-c {ROOT / 'configs' / 'strategy' / 'hsdp.yaml'} --devices 1": "does not divide 1 .*--devices 8",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_a_user_can_get_wrong_is_named(printed, words):
+    with pytest.raises(ConfigConflictError, match=WRONG[words]):
+        printed(*words.split())
+
+
+def test_a_kernel_that_needs_a_device_is_counted_as_another(printed):
+    found = printed("--model.attn_implementation", "flash_attention_2")
+    note = "Counted with the attention kernel sdpa: flash_attention_2 runs on devices alone. "
+    assert note in found
+    assert found.replace(note, "") == printed()
+
+
+def test_a_micro_batch_is_part_of_a_mini_batch(printed):
+    words = ["--data.batch_size", "8", "--model.mini_batch_prompts", "2"]
+    assert " 8 prompts at once in a rollout, 2 in a micro-batch" in printed(*words, "--model.micro_batch_prompts", "4")
+
+
+def test_images_without_a_limit_have_the_processors(printed, capsys):
+    main(["prepare", "-c", str(ROOT / "configs" / "quickstart.yaml"), "--estimate"])
+    shown = " ".join(capsys.readouterr().out.split())
+    # 1764 pixels at most (processor_config.json), 14 x 14 of which are a token.
+    assert "prompts of 265 (9 of the image), 64 prompts at once in validation" in shown
+    assert "0 prompts at once in validation" in printed("--trainer.limit_val_batches", "0")
+
+
+# The numbers of configs/tuning/one_24gb_card.yaml
+
+
+def card(name: str, **more) -> Memory:
+    settings = {"dtype": "bfloat16", "lora": {"r": 16, "lora_alpha": 32}, "gradient_checkpointing": True, **more}
+    setup = Setup(**settings, mixed=True, group_size=8, rollout_prompts=4, eval_prompts=16)
+    return PolicySizes(published_config(name), setup).memory()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_numbers_of_one_card_are_those_of_the_estimate():
+    text = " ".join((ROOT / "configs" / "tuning" / "one_24gb_card.yaml").read_text().replace("#", "").split())
+    memory, whole = card("Qwen2-VL-2B"), card("Qwen2-VL-2B", gradient_checkpointing=False)
+    phases = memory.phases
+    stated = {
+        "weights": memory.weights,
+        "optimiser": memory.optimizer,
+        "reference model": memory.reference,
+        "rollout": memory.cache + max(memory.prefill, memory.sampling),
+        "gradients": memory.gradients,
+        "micro-batch": memory.activations + memory.working,
+        "without gradient_checkpointing": whole.activations + whole.working,
+        "log-probs": memory.head,
+        "validation": memory.validation,
+        "in all": memory.total,
+        "they need": phases["rollout"],
+        r"they need \d+\.\d,": phases["update"],
+        r"they need \d+\.\d, \d+\.\d and": phases["validation"],
+        r"without checkpointing too \(": whole.total,
+        "tuning/qlora.yaml on top of this file needs": card("Qwen2-VL-2B", quantize="nf4").total,
+        "Qwen2-VL-7B needs": card("Qwen2-VL-7B").total,
+        "like this and": card("Qwen2-VL-7B", quantize="nf4").total,
+        "precision of the published runs": estimate(published_config("Qwen2-VL-2B"), Setup(mixed=True)).total,
+    }
+    for words, value in stated.items():
+        (number,) = re.findall(rf"(?:^|[ (]){words.removeprefix(' ')} ?(\d+\.\d)", text)
+        assert abs(value / 2**30 - float(number)) < 0.06, (words, value / 2**30)
+    assert max(memory.total, whole.total) < 0.9 * 24 * 2**30

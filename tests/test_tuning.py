@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,12 @@ from rft_lightning.checkpointing import export_policy, merged
 from rft_lightning.cli import main
 from rft_lightning.datamodules import ShapesDataModule
 from rft_lightning.errors import CheckpointError, ConfigConflictError
-from rft_lightning.memory import PolicySizes, Setup
 from rft_lightning.policy.adapters import save_adapters
 from rft_lightning.policy.families import base_model
 from rft_lightning.policy.loading import load_policy, load_processor
 from rft_lightning.policy.plain import plain_group_logprobs
 from rft_lightning.policy.rollout import sample_groups
 from rft_lightning.policy.shared_prefix import group_logprobs
-from rft_lightning.report.memory_table import published_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -377,16 +374,3 @@ def test_an_overlay_trains_the_shipped_policy(overlay, tmp_path, monkeypatch):
         "--trainer.num_sanity_val_steps", "0",
     ])  # fmt: skip
     assert (tmp_path / "runs" / "quickstart" / "policy" / "model.safetensors").is_file()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("more", "stated"), [((), "in all"), (("tuning/qlora.yaml",), "on top of this file needs")])
-def test_the_arithmetic_of_one_card_is_that_of_the_estimate(more, stated):
-    text = (CONFIGS / "tuning/one_24gb_card.yaml").read_text(encoding="utf-8")
-    config = parsed("coco.yaml", "tuning/one_24gb_card.yaml", *more)["model"]["init_args"]
-    names = ("dtype", "lora", "quantize", "gradient_checkpointing", "rollout_prompts", "micro_batch_prompts")
-    setup = Setup(**{name: config[name] for name in names}, mixed=True, group_size=8)
-    needed = PolicySizes(published_config("Qwen2-VL-2B"), setup).memory().total / 2**30
-    (number,) = re.findall(rf"{stated}\s+(\d+\.\d)", text)
-    assert abs(needed - float(number)) < 0.06
-    assert needed < 0.9 * 24

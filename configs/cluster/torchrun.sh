@@ -13,17 +13,26 @@
 #   RUN     folder of checkpoints, on a file system that all machines share; runs/ with the name of the task's file
 #   PYTHON  interpreter with rft_lightning; python
 #
-# Exit status 75: interrupted and saved, start it again. torchrun ends processes 30 seconds after it was told to end: if
-# a rollout batch and a save take longer, let the run end by itself, with the RolloutCheckpoint's wall_time.
+# Exit status 75: interrupted and saved, start it again. SIGTERM or SIGUSR1 to this script is passed on to its
+# processes, which finish their rollout batch (or validation) and save, however long that takes; a second one ends them
+# at once.
 set -euo pipefail
 if [ $# -eq 0 ]; then
   echo "usage: bash torchrun.sh TASK.yaml [arguments of rft fit]" >&2
   exit 2
 fi
+if [ ! -f "$1" ]; then
+  echo "torchrun.sh: there is no file $1; expected the configuration of a task" >&2
+  exit 2
+fi
 task=$(realpath "$1")
 shift
 nodes=${NODES:-1} node=${NODE_RANK:-0}
-devices=${DEVICES:-$(nvidia-smi --list-gpus | wc -l)}
+devices=${DEVICES:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)}
+if [ "$devices" = 0 ]; then
+  echo "torchrun.sh: nvidia-smi names no GPU here; set DEVICES, the number of processes on this machine" >&2
+  exit 2
+fi
 run=$(realpath -m "${RUN:-runs/$(basename "$task" .yaml)}")
 mkdir -p "$run"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
@@ -40,15 +49,33 @@ if [ -e "$run/checkpoints/last.ckpt" ]; then
   set -- "$@" --ckpt_path "$run/checkpoints/last.ckpt"
 fi
 
-# torchrun itself would end with status 1 whatever its processes ended with.
+# torchrun itself ends with status 1 whatever its processes ended with, and kills them 30 seconds after a signal.
 launch='
-import sys
+import signal, sys
+from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
+
+start = PContext.start
+
+def start_and_pass_signals_on(context):
+    start(context)
+    def pass_on(number, frame):
+        for handler in context.subprocess_handlers.values():
+            handler.proc.send_signal(number)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+
+PContext.start = start_and_pass_signals_on
 try:
     main()
 except ChildFailedError as error:
-    sys.exit(error.get_first_failure()[1].exitcode)
+    ends = [failure.exitcode for failure in error.failures.values()]
+    # No process ends with 75 before all have saved; others may then be ended by torchrun, which waits for none.
+    status = 75 if 75 in ends else error.get_first_failure()[1].exitcode
+    sys.exit(status if status >= 0 else 128 - status)
+except SignalException as stop:
+    sys.exit(128 + stop.sigval)
 '
 exec "${PYTHON:-python}" -c "$launch" --nnodes "$nodes" --node-rank "$node" --nproc-per-node "$devices" \
   --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}" \

@@ -35,10 +35,14 @@ class Saved:
         kept: all of them, under gradient checkpointing the inputs of the blocks.
         block: what backward needs beside them for the block at hand: about as much for its gradients as its forward
             kept, and under gradient checkpointing that forward once more.
+        per_image: what the forward of one block of the vision tower keeps, of one image.
+        per_token: what the forward of one block of the decoder keeps, of one token.
     """
 
     kept: int
     block: int
+    per_image: float
+    per_token: float
 
 
 @dataclass(frozen=True)
@@ -113,27 +117,28 @@ def saved_for_backward(
         if gradient_checkpointing:
             enable_checkpointing(model)
         layout = choose_layout(model, forward)
+        # The plain route repeats the image, and all of the prompt, for each completion.
+        images = groups.rows if layout == PLAIN else groups.prompts
+        run = images * groups.prompt_tokens + groups.rows * groups.completion_tokens
 
         def kept() -> tuple[int, int]:
             with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                # The plain route repeats the image for each completion.
-                images = groups.rows if layout == PLAIN else groups.prompts
                 return _tower(model, groups, images, mode), _decoder(model, groups, layout, mode)
 
         tower, decoder = kept()
-        total, recomputed = tower + decoder, 0
+        total = tower + decoder
         if gradient_checkpointing:
             with _no_checkpointing(base):
                 tower, decoder = kept()
         costs = policy_costs(model)
         assert costs is not None
-        block = max(tower // len(costs.tower_windows), decoder // base.config.get_text_config().num_hidden_layers)
-        recomputed = block if gradient_checkpointing else 0
+        tower, decoder = tower // len(costs.tower_windows), decoder // base.config.get_text_config().num_hidden_layers
+        block = max(tower, decoder) * (2 if gradient_checkpointing else 1)
     text, tokens = base.config.get_text_config(), groups.rows * groups.completion_tokens
     # Of the head, its inputs; on the plain route all logits.
     width = text.vocab_size if layout == PLAIN else text.hidden_size
     size = torch.float32.itemsize if layout == PLAIN else 2 if mixed else base.dtype.itemsize
-    return Saved(total + tokens * width * size, block + recomputed)
+    return Saved(total + tokens * width * size, block, tower / images, decoder / run)
 
 
 @contextmanager
