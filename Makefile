@@ -27,7 +27,7 @@ quickstart: $(INSTALLED) ## teach a tiny policy to draw better boxes with GRPO, 
 test: $(INSTALLED_DEV) ## the quick tests: no network, no GPU
 	$(BIN)/pytest $(ARGS)
 
-test-distributed: $(INSTALLED_DEV) ## the tests that start two processes
+test-distributed: $(INSTALLED_DEV) ## the tests that start runs in processes of their own
 	$(BIN)/pytest -m "distributed and not slow and not gpu" $(ARGS)
 
 test-slow: $(INSTALLED_DEV) ## the rest: training runs and, where there is one, the GPU

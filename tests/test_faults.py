@@ -232,6 +232,7 @@ main()
 """
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_the_command_line_says_what_to_do_about_a_full_disk(tmp_path):
     (tmp_path / "limited.py").write_text(LIMITED)
@@ -477,6 +478,7 @@ def children_of(process):
     return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_a_loader_process_that_is_killed_ends_the_run_with_a_remedy(tmp_path):
     run = start(tmp_path, POLICY, "--trainer.max_steps", "50", "--data.num_workers", "1", pause=0.3)
@@ -541,6 +543,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(100)
 def test_a_process_ends_after_the_one_that_started_it():
     with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True) as parent:

@@ -259,6 +259,7 @@ def state_of(folder):
     return torch.load(last_of(folder), weights_only=True)["state_dict"]
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_the_command_line_ends_with_status_75_and_says_how_to_go_on(tmp_path, tiny_policy):
     arguments = ("--trainer.max_steps", "6")
@@ -281,6 +282,7 @@ def test_the_command_line_ends_with_status_75_and_says_how_to_go_on(tmp_path, ti
         assert torch.equal(value, theirs[name]), name
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_all_processes_leaves_those_that_load_data(tmp_path, tiny_policy, number):
@@ -293,6 +295,7 @@ def test_a_signal_to_all_processes_leaves_those_that_load_data(tmp_path, tiny_po
     assert torch.load(last_of(tmp_path), weights_only=True)["global_step"] < 8
 
 
+@pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_a_second_signal_stops_at_once(tmp_path, tiny_policy):
     run = start(tmp_path, tiny_policy, "--trainer.max_steps", "6", pause=30)

@@ -236,6 +236,7 @@ print("peak", kilobytes("VmHWM") - before)
 """
 
 
+@pytest.mark.distributed
 def test_export_holds_the_weights_once(tmp_path):
     """Not the optimiser's two further numbers per weight, nor a second copy of the weights."""
     policy = str(build_tiny(tmp_path / "policy", width=512, layers=8))
