@@ -22,10 +22,10 @@ from rft_lightning.errors import ConfigConflictError
 from rft_lightning.flops import PolicyCosts, policy_costs
 from rft_lightning.memory_setup import DDP, FSDP2, Memory, Setup
 from rft_lightning.policy.decoding import FIRST_ROOM
-from rft_lightning.policy.families import FAMILIES, PARTS, base_model, check_parts, family_of, part_parameters
-from rft_lightning.policy.loading import DTYPES, add_adapters, lora_config
+from rft_lightning.policy.families import FAMILIES, PARTS, base_model, family_of, part_parameters
+from rft_lightning.policy.loading import DTYPES, add_adapters, check_freeze, freeze_parts, lora_config
 from rft_lightning.policy.logprobs import CHUNK_LOGITS
-from rft_lightning.policy.quantization import BLOCK, kept_layers
+from rft_lightning.policy.quantization import BLOCK, check_optimizer, kept_layers
 from rft_lightning.policy.shape_pass import Groups, Saved, saved_for_backward, without_memory
 from rft_lightning.policy.shared_prefix import shares_keys
 from rft_lightning.sharding import blocks
@@ -101,18 +101,12 @@ class PolicySizes:
                 f"The memory of {self.config.model_type!r} models cannot be estimated: it is not known where they have "
                 f"their parts (known: {', '.join(FAMILIES)}). docs/adding-a-model.md tells how a family is added."
             )
-        check_parts(setup.freeze, self.config)
-        if set(setup.freeze) == set(PARTS):
-            raise ConfigConflictError(
-                f"There is nothing to train: freeze names all parts ({', '.join(setup.freeze)}). Drop one."
-            )
+        check_freeze(setup.freeze, self.config)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(
                 self.config, dtype=DTYPES[setup.dtype], attn_implementation=setup.attn_implementation
             ).requires_grad_(True)
-            for part in setup.freeze:
-                for parameter in part_parameters(model, part).values():
-                    parameter.requires_grad_(False)
+            freeze_parts(model, setup.freeze)
             self._quantized = self._mark_quantized(model)
             return (model if setup.lora is None else add_adapters(model, setup.lora, setup.freeze)).train()
 
@@ -181,15 +175,6 @@ class PolicySizes:
             ) from error
         self._optimizers[shards] = optimizer
         return optimizer
-
-    def _check_optimizer(self) -> None:
-        """As a run does, where parameters are sharded."""
-        optimizer = type(self._stepped(self.setup.shards))
-        if self.setup.strategy == FSDP2 and optimizer.__module__.startswith("bitsandbytes"):
-            raise ConfigConflictError(
-                f"bitsandbytes' {optimizer.__name__} cannot update parameters that fsdp2 shards: its kernels read the "
-                "memory of a whole tensor. Use torch.optim.AdamW, whose state is sharded too, or the strategy ddp."
-            )
 
     def reference_bytes(self, shards: int = 1) -> int:
         """A second copy of the weights, where they are all trained; with adapters the policy without them serves."""
@@ -319,8 +304,8 @@ class PolicySizes:
             other = replace(self.setup, **processes)
             other.check()
             return self._with(other).memory()
-        self._check_optimizer()
         setup, shards = self.setup, self.setup.shards
+        check_optimizer(self._stepped(shards), sharded=setup.strategy == FSDP2)
         trained = sum(w.bytes(shards) for w in self.weights if w.trained)
         here = 0 if setup.offload_policy else 1
         sharded, answers = setup.strategy == FSDP2, setup.rollout_prompts + setup.eval_prompts > 0

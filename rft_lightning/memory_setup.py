@@ -9,20 +9,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from rft_lightning.errors import ConfigConflictError
+from rft_lightning.optimiser_steps import default_optimizer
 from rft_lightning.policy.loading import DTYPES
 from rft_lightning.policy.quantization import check_quantization
 
 SINGLE, DDP, FSDP2 = "single", "ddp", "fsdp2"
 STRATEGIES = (SINGLE, DDP, FSDP2)
-
-
-def default_optimizer(parameters: Iterable[nn.Parameter]) -> Any:
-    """What PolicyModule builds when it is told nothing."""
-    return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,13 +37,13 @@ def run_facts(module: Any) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "config": _configuration(trainer),
+        "config": module.run_configuration,
         "rows": _rows(getattr(trainer, "datamodule", None)),
         "metrics": metrics,
     }
 
 
-def _configuration(trainer: Any) -> str | None:
+def configuration(trainer: Any) -> str | None:
     """The whole configuration as YAML; None for a run that was not started by the command line."""
     for callback in trainer.callbacks:
         if hasattr(callback, "parser") and hasattr(callback, "config"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar, cast
 
@@ -24,6 +24,11 @@ T = TypeVar("T")
 MAX_SKIPPED = 10
 
 _log = logging.getLogger(__name__)
+
+
+def default_optimizer(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """The published runs' AdamW."""
+    return torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
 
 
 class OptimiserSteps(LightningModule):
@@ -70,9 +75,9 @@ class OptimiserSteps(LightningModule):
         parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         if self.optimizer_callable is not None:
             optimizer = self.optimizer_callable(parameters)
-            check_optimizer(optimizer)
+            check_optimizer(optimizer, sharded=self.device_mesh is not None)
         else:
-            optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
+            optimizer = default_optimizer(parameters)
         scheduler = self._build_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

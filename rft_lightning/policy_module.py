@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from rft_lightning.checkpointing import RECORD, check_names, load_weights, polic
 from rft_lightning.collectives import anywhere
 from rft_lightning.device_memory import halving, out_of_memory_as
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.model_card import run_facts
+from rft_lightning.model_card import configuration, run_facts
 from rft_lightning.optimiser_steps import OptimiserSteps
 from rft_lightning.policy.loading import load_policy, load_processor
 from rft_lightning.policy.rollout import ENGINES, sample_groups
@@ -275,6 +276,11 @@ class PolicyModule(OptimiserSteps):
             "quantize": self.quantize,
         }
         return policy_record(self.checkpoint, settings, self.prompt_processor, run_facts(self))
+
+    @cached_property
+    def run_configuration(self) -> str | None:
+        """The whole configuration of the run as YAML, None where it has none; written out once, not in every save."""
+        return configuration(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another policy, by name."""

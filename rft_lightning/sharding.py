@@ -172,7 +172,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _load_folder(self, path: str | Path) -> dict[str, Any]:
         assert self.model is not None
         checkpoint = sharded_files.load_rest(path)
-        there = sharded_files.weight_names(path)
+        there = set(sharded_files.weight_names(path))
         weights = {name: tensor for name, tensor in self.model.state_dict().items() if name in there}
         sharded_files.load_into(path, {f"{sharded_files.WEIGHTS}{name}": w for name, w in weights.items()})
         states = checkpoint.pop("optimizer_states", [])

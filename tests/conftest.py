@@ -77,3 +77,14 @@ def make_trainer(tmp_path):
         return Trainer(max_steps=max_steps, **{**settings, **kwargs})
 
     return make
+
+
+@pytest.fixture
+def leave_no_group():
+    """Lightning keeps the process group and its environment variables until the process ends."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -22,6 +22,8 @@ from rft_lightning.policy.loading import load_policy
 from rft_lightning.policy.tiny import build_tiny
 from rft_lightning.tasks import DetectionTask
 
+pytestmark = pytest.mark.usefixtures("leave_no_group")
+
 
 def length_reward(answer, target, *, rules, step):
     return (len(answer.text) % 17) / 17
@@ -43,17 +45,6 @@ def fit(policy, folder, *, strategy="fsdp2", cls=GRPOModule, callbacks=(), **set
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     return module
-
-
-@pytest.fixture(autouse=True)
-def leave_no_group():
-    """Lightning keeps the process group and its environment variables until the process ends."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

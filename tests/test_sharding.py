@@ -31,6 +31,8 @@ from rft_lightning.sharding import FSDP2Strategy, blocks, set_gradient_sync, sha
 from rft_lightning.tasks import DetectionTask
 from rft_lightning.trainer import check_trainer
 
+pytestmark = pytest.mark.usefixtures("leave_no_group")
+
 LAYOUTS = ["plain", "prefix_cache", "packed"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -79,17 +81,6 @@ def mesh(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(autouse=True)
-def leave_no_group():
-    """Lightning keeps the process group and its environment variables until the process ends."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 # The plan

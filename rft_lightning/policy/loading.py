@@ -117,9 +117,7 @@ def load_policy(
     check_quantization(quantize, dtype=dtype, lora=lora)
     config = load_config(checkpoint)
     check_stored(checkpoint, config)
-    check_parts(freeze, config)
-    if set(freeze) == set(PARTS):
-        raise ConfigConflictError(f"There is nothing to train: freeze names all parts ({', '.join(freeze)}). Drop one.")
+    check_freeze(freeze, config)
     settings: dict[str, Any] = {}
     if quantize is not None and lora is not None:
         settings["quantization_config"] = quantization_config(config, dtype=DTYPES[dtype], lora=lora_config(lora))
@@ -135,9 +133,7 @@ def load_policy(
         model.requires_grad_(True)
     else:
         use_exact_kernels(model)
-    for part in freeze:
-        for parameter in part_parameters(model, part).values():
-            parameter.requires_grad_(False)
+    freeze_parts(model, freeze)
     if lora is not None:
         with torch.device("meta") if skeleton else nullcontext():
             model = add_adapters(model, lora, freeze)
@@ -145,6 +141,24 @@ def load_policy(
         enable_checkpointing(model)
     # Hugging Face loads in eval mode and Lightning keeps it.
     return model.train()
+
+
+def check_freeze(freeze: Sequence[str], config: Any) -> None:
+    """Refuse parts that are not known, and to freeze all of them.
+
+    Raises:
+        ConfigConflictError: either is the case.
+    """
+    check_parts(freeze, config)
+    if set(freeze) == set(PARTS):
+        raise ConfigConflictError(f"There is nothing to train: freeze names all parts ({', '.join(freeze)}). Drop one.")
+
+
+def freeze_parts(model: nn.Module, freeze: Sequence[str]) -> None:
+    """Exempt parts of a model from training."""
+    for part in freeze:
+        for parameter in part_parameters(model, part).values():
+            parameter.requires_grad_(False)
 
 
 def _skeleton(path: str, config: Any, settings: dict[str, Any]) -> Any:

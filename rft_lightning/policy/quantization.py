@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from rft_lightning.errors import CheckpointError, ConfigConflictError
@@ -156,15 +155,18 @@ def use_exact_kernels(model: nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
+def check_optimizer(optimizer: Optimizer, *, sharded: bool) -> None:
     """Refuse an optimiser that cannot update its parameters.
+
+    Args:
+        optimizer: of the policy.
+        sharded: whether `fsdp2` shards them.
 
     Raises:
         ConfigConflictError: one of bitsandbytes, whose state is quantised, for parameters that are sharded.
     """
     name = type(optimizer).__name__
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if type(optimizer).__module__.startswith("bitsandbytes") and any(isinstance(p, DTensor) for p in parameters):
+    if sharded and type(optimizer).__module__.startswith("bitsandbytes"):
         raise ConfigConflictError(
             f"bitsandbytes' {name} cannot update parameters that fsdp2 shards: its kernels read the memory of a whole "
             "tensor, and its state in blocks fits no other number of processes. Use torch.optim.AdamW, whose state is "

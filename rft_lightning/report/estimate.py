@@ -17,7 +17,8 @@ from rich.table import Table
 
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.memory import Memory, PolicySizes
-from rft_lightning.memory_setup import DDP, FSDP2, SINGLE, Setup, default_optimizer
+from rft_lightning.memory_setup import DDP, FSDP2, SINGLE, Setup
+from rft_lightning.optimiser_steps import default_optimizer
 from rft_lightning.policy.families import PARTS
 from rft_lightning.policy.loading import load_config, resolve_checkpoint
 from rft_lightning.sharding import FSDP2Strategy
