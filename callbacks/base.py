@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.metrics import ParseRate
 from rft_lightning.metrics.base import SampleId
-from rft_lightning.sample import Prediction
+from rft_lightning.sample import Prediction, unasked
 
 
 class MetricCallback(Callback, ABC):
@@ -31,6 +31,7 @@ class MetricCallback(Callback, ABC):
         results: the numbers of the last run without prefix, also of the sanity check (which Lightning does not log);
             empty if it had no sample of this kind.
         per_class: class name -> value of the last run, for metrics that have it.
+        device: of the module, once a run began.
     """
 
     target_type: ClassVar[type]
@@ -40,6 +41,19 @@ class MetricCallback(Callback, ABC):
         self.results: dict[str, float] = {}
         self.per_class: dict[str, float] = {}
         self.parse_rate = ParseRate()
+        self.device = torch.device("cpu")  # of the module, while it runs
+
+    def complete(self, predictions: list[Prediction]) -> None:
+        """Add to answers, in place, what the metric needs beyond them and the picture is needed for; nothing here.
+
+        Called once for the predictions of a batch, before they are scored or written to a file: what it adds is not
+        computed again when they are read from there.
+        """
+
+    @property
+    def completed_by(self) -> dict[str, Any]:
+        """What the additions of :meth:`complete` depend on, as plain data; nothing where it adds nothing."""
+        return {}
 
     @abstractmethod
     def metrics(self) -> list[Metric]:
@@ -103,29 +117,70 @@ class MetricCallback(Callback, ABC):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, pl_module, "test")
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.device = pl_module.device
+
+    def add_to_answers(self, predictions: Sequence[Prediction]) -> None:
+        """Call :meth:`complete` with those of a batch that this callback measures."""
+        kept = self._measured(predictions)
+        if kept:
+            self.complete(kept)
+
+    def score(self, predictions: Sequence[Prediction]) -> tuple[dict[str, float], dict[str, float]]:
+        """Numbers and value per class of predictions that are complete, on this process alone and on the CPU.
+
+        Returns:
+            `results` and `per_class`, which are set too; both empty if there is nothing that this callback measures.
+        """
+        self.reset(torch.device("cpu"))
+        metrics = self._all_metrics()
+        asks = [metric.distributed_available_fn for metric in metrics]
+        for metric in metrics:
+            metric.distributed_available_fn = _alone
+        self._update(self._measured(predictions), 0)
+        self._compute()
+        for metric, ask in zip(metrics, asks, strict=True):
+            metric.distributed_available_fn = ask
+        return self.results, self.per_class
+
     def _start(self, pl_module: LightningModule) -> None:
+        self.device = pl_module.device
         # A callback's metrics do not move with the module. MPS has no float64.
-        device = torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device
+        self.reset(torch.device("cpu") if pl_module.device.type == "mps" else pl_module.device)
+
+    def reset(self, device: torch.device) -> None:
+        """Forget all samples, and measure on `device`."""
         for metric in self._all_metrics():
             metric.to(device).reset()
         self._update([], 0)  # torchmetrics warns about a compute() without any update()
 
+    def _measured(self, predictions: Sequence[Prediction]) -> list[Prediction]:
+        return [p for p in predictions if isinstance(p.target, self.target_type) and p.index == 0]
+
     def _add(self, outputs: Any, loader: int) -> None:
-        kept = [
-            prediction
-            for prediction in predictions_of(outputs)
-            if isinstance(prediction.target, self.target_type) and prediction.index == 0
-        ]
+        kept = self._measured(predictions_of(outputs))
         if kept:
+            self.complete(kept)
             self._update(kept, loader)
 
     def _update(self, predictions: list[Prediction], loader: int) -> None:
+        asked = [prediction for prediction in predictions if not prediction.unasked]
+        names = [loader_id(prediction.sample.id, loader) for prediction in asked]
+        self.parse_rate.update([prediction.answer for prediction in asked], names)
         ids = [loader_id(prediction.sample.id, loader) for prediction in predictions]
-        self.parse_rate.update([prediction.answer for prediction in predictions], ids)
         self.update(predictions, [prediction.target for prediction in predictions], ids, loader)
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
-        # compute() syncs, so every rank calls it whatever it saw; only the synced count says whether there is anything.
+    def _add_unasked(self, trainer: Trainer, prefix: str) -> None:
+        """What a presence map kept from being asked counts as answered with nothing; rank zero knows all of it."""
+        data = getattr(trainer, "datamodule", None)
+        if data is not None and trainer.is_global_zero and not trainer.sanity_checking:
+            self._update(self._measured([unasked(sample) for sample in data.unasked(prefix)]), 0)
+
+    def _compute(self) -> int:
+        """Set `results` and `per_class`; the number of samples.
+
+        compute() syncs, so every rank calls it whatever it saw; only the synced count says whether there is anything.
+        """
         parsed = self.parse_rate.compute()
         results, per_class = self.compute()
         for metric in self._all_metrics():
@@ -133,6 +188,11 @@ class MetricCallback(Callback, ABC):
         count = int(parsed["n_samples"])
         self.results = {**results, "parse_rate": float(parsed["parse_rate"])} if count else {}
         self.per_class = per_class if count else {}
+        return count
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
+        self._add_unasked(trainer, prefix)
+        count = self._compute()
         if count == 0:
             return
         named = {f"{prefix}/{name}": value for name, value in self.results.items()}
@@ -145,6 +205,11 @@ class MetricCallback(Callback, ABC):
 
     def _all_metrics(self) -> list[Metric]:
         return [self.parse_rate, *self.metrics()]
+
+
+def _alone() -> bool:
+    """Whether there are other processes to sync with, of metrics that are computed on one of them."""
+    return False
 
 
 def predictions_of(outputs: Any) -> list[Prediction]:

@@ -19,8 +19,8 @@ from rft_lightning.callbacks.base import MetricCallback, predictions_of
 from rft_lightning.callbacks.figures import Panel, curve_figure, grid_figure, save_atomically, save_figure
 from rft_lightning.metrics.base import ABSENT
 from rft_lightning.metrics.matched_iou import matched_iou_sum
-from rft_lightning.rewards import accuracy_reward
-from rft_lightning.sample import Answer, ClassTarget, GroundingTarget, Prediction, Sample, as_boxes
+from rft_lightning.rewards import accuracy_reward, presence_reward
+from rft_lightning.sample import Answer, ClassTarget, GroundingTarget, Prediction, PresenceTarget, Sample, as_boxes
 
 _CURVES = {"reward": "train/reward", "kl": "train/kl"}
 _WORDS = {
@@ -217,9 +217,10 @@ def panel(sample: Sample, seen: Mapping[str, Any] | None) -> Panel | None:
         return None
     image, target = sample.load_image(), sample.target
     assert target is not None
-    if isinstance(target, ClassTarget):
+    if isinstance(target, ClassTarget | PresenceTarget):
         said = seen["label"] or "no answer"
-        title = "\n".join(textwrap.wrap(f"{_short(said, 60)} (right: {target.label})", 42))
+        right = target.label if isinstance(target, ClassTarget) else f"{target.category}: {_yes_or_no(target)}"
+        title = "\n".join(textwrap.wrap(f"{_short(said, 60)} (right: {right})", 42))
         return Panel(image, title, right=seen["right"])
     truth = target.boxes[:1] if isinstance(target, GroundingTarget) else target.boxes
     answer = as_boxes(seen["boxes"])
@@ -243,6 +244,8 @@ def _remembered(prediction: Prediction) -> dict[str, Any]:
     right = None
     if isinstance(prediction.target, ClassTarget):
         right = accuracy_reward(answer, prediction.target, rules="strict", step=None) == 1
+    elif isinstance(prediction.target, PresenceTarget):
+        right = presence_reward(answer, prediction.target) == 1
     return {
         "id": prediction.sample.id,
         "text": prediction.text,
@@ -251,6 +254,10 @@ def _remembered(prediction: Prediction) -> dict[str, Any]:
         "parsed": answer.parsed,
         "right": right,
     }
+
+
+def _yes_or_no(target: PresenceTarget) -> str:
+    return "yes" if target.present else "no"
 
 
 def _fitting(trainer: Trainer) -> bool:

@@ -5,23 +5,19 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from rft_lightning.boxes import valid_boxes
 from rft_lightning.callbacks.base import MetricCallback, loader_id
 from rft_lightning.errors import ConfigConflictError
+from rft_lightning.evaluation.results import SCORES, box_scores, evaluated_boxes
 from rft_lightning.metrics import ClassNames, COCOMeanAveragePrecision, LVISAveragePrecision, MatchedIoU
 from rft_lightning.metrics.base import SampleId
 from rft_lightning.sample import DetectionTarget, Prediction
 
-SCORES = ("confidence", "one", "area", "rank")
 PROTOCOLS = ("coco", "lvis", "lvis_published_code")
 _SIZES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 _LOGGED = {"coco": (*_SIZES, "mar_100"), "lvis": (*_SIZES, "map_rare", "map_common", "map_frequent", "mar_300")}
 _LOGGED_IOU = ("box_iou_mean", "box_iou_mean_parsed")
-# What an answer with swapped corners counts as: the evaluators would ignore it for its area, and it is wrong.
-_NOWHERE = (-2.0, -2.0, -1.0, -1.0)
 
 
 class DetectionMAP(MetricCallback):
@@ -90,13 +86,9 @@ class DetectionMAP(MetricCallback):
         self.matched_iou.update([prediction.answer for prediction in predictions], targets, ids)
         self.names.update({target.category_id: target.category or str(target.category_id) for target in targets})
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def reset(self, device: torch.device) -> None:
         self._asked = {}
-        super().on_validation_epoch_start(trainer, pl_module)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._asked = {}
-        super().on_test_epoch_start(trainer, pl_module)
+        super().reset(device)
 
     def compute(self) -> tuple[dict[str, float], dict[str, float]]:
         precision, iou, names = self.average_precision.compute(), self.matched_iou.compute(), self.names.compute()
@@ -112,21 +104,9 @@ class DetectionMAP(MetricCallback):
         return f"AP {self.results['map']:.4f} ({self.protocol}, scores from {self.score_from})"
 
     def _detections(self, prediction: Prediction, target: DetectionTarget) -> dict[str, Tensor]:
-        boxes = prediction.answer.boxes
-        boxes = torch.where(valid_boxes(boxes)[:, None], boxes, boxes.new_tensor(_NOWHERE))
+        boxes = evaluated_boxes(prediction.answer.boxes)
         labels = torch.full((len(boxes),), target.category_id)
-        return {"boxes": boxes, "scores": self._scores(prediction), "labels": labels}
-
-    def _scores(self, prediction: Prediction) -> Tensor:
-        boxes = prediction.answer.boxes
-        if self.score_from == "confidence":
-            return prediction.answer.confidences
-        if self.score_from == "one":
-            return torch.ones(len(boxes), dtype=torch.float64)
-        if self.score_from == "rank":
-            return 1 / torch.arange(1, len(boxes) + 1, dtype=torch.float64)
-        width, height = prediction.sample.image_size
-        return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) / (width * height)
+        return {"boxes": boxes, "scores": box_scores(prediction, self.score_from), "labels": labels}
 
 
 def _objects(target: DetectionTarget, image: SampleId) -> dict[str, Any]:

@@ -14,17 +14,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
 from rft_lightning.callbacks.figures import save_atomically
+from rft_lightning.evaluation.rows import line_of, row_of
 from rft_lightning.report.drawing import COLOURS, Drawn, draw_boxes
-from rft_lightning.sample import DetectionTarget, GroundingTarget, Prediction, Sample
+from rft_lightning.sample import Prediction
 
 
 class PredictionWriter(Callback):
     """Writes the predictions of a prediction run as JSON lines, and their boxes drawn on the pictures.
 
-    Each line of ``predictions.jsonl`` holds ``id``, ``image_id``, ``image`` (its path, if it has one), ``image_size``
-    [width, height], ``labelled``, ``asked`` (class or expression), ``question``, ``text`` (as written), ``label``,
-    ``boxes`` (xyxy in pixels of the original image), ``confidences``, ``parsed`` and ``problems``. The file appears
-    when the run is complete. With several processes each writes its own file, with its rank in the name.
+    What a line of ``predictions.jsonl`` holds is described in :mod:`rft_lightning.evaluation.rows`. The file appears
+    when the run is complete. With several processes each writes its own file, with its rank in the name. To ask about
+    a labelled split, to be able to stop and go on, and to have it scored: ``rft evaluate``.
 
     ``drawn/`` then holds one picture per file with boxes, all answers about it in one, captioned with class and
     confidence; boxes are drawn on the stored file, without EXIF rotation. Small pictures are enlarged and large ones
@@ -60,7 +60,7 @@ class PredictionWriter(Callback):
     ) -> None:
         assert self._file is not None
         for prediction in outputs:
-            self._file.write(json.dumps(prediction_row(prediction), ensure_ascii=False) + "\n")
+            self._file.write(line_of(row_of(prediction)))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         print(f"predictions: {self.close(trainer)}")
@@ -90,33 +90,6 @@ class PredictionWriter(Callback):
     def _path(self, trainer: Trainer, rank: int | None = None) -> Path:
         rank = trainer.global_rank if rank is None else rank
         return self._folder / ("predictions.jsonl" if trainer.world_size == 1 else f"predictions-{rank}.jsonl")
-
-
-def prediction_row(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as plain data."""
-    sample, answer = prediction.sample, prediction.answer
-    return {
-        "id": sample.id,
-        "image_id": sample.image_id,
-        "image": str(sample.image) if isinstance(sample.image, Path) else None,
-        "image_size": list(sample.image_size),
-        "labelled": sample.target is not None,
-        "asked": asked_of(sample),
-        "question": sample.question,
-        "text": prediction.text,
-        "label": answer.label,
-        "boxes": answer.boxes.tolist(),
-        "confidences": answer.confidences.tolist(),
-        "parsed": bool(answer.parsed),
-        "problems": list(answer.problems),
-    }
-
-
-def asked_of(sample: Sample) -> str | None:
-    """The class or expression that a sample asks for; None where it asks for no particular one."""
-    if isinstance(sample.target, DetectionTarget):
-        return sample.target.category
-    return sample.target.expression if isinstance(sample.target, GroundingTarget) else sample.asked
 
 
 def drawings_of(files: Sequence[Path], *, labelled: bool) -> dict[str, tuple[Path, list[Drawn]]]:
@@ -175,4 +148,4 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-__all__ = ["PredictionWriter", "asked_of", "drawings_of", "prediction_row", "write_drawing"]
+__all__ = ["PredictionWriter", "drawings_of", "write_drawing"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from rft_lightning.datamodules.download import Download, fetch_all
+from rft_lightning.datamodules.rows import SampleRows
 from rft_lightning.datamodules.samplers import EvaluationSampler, RolloutBatchSampler
 from rft_lightning.errors import ConfigConflictError, DatasetNotFoundError
 from rft_lightning.frames import CoordinateFrame
@@ -38,6 +39,15 @@ class SampleDataset(Dataset):
         row, occurrence = entry
         sample = self.samples[row]
         return replace(sample, occurrence=occurrence) if occurrence else sample
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What prediction asks; see :meth:`RFTDataModule.ask`."""
+
+    split: str = "predict"
+    limit: int | None = None
+    answered: frozenset[str] = frozenset()
 
 
 class RFTDataModule(LightningDataModule, ABC):
@@ -100,6 +110,9 @@ class RFTDataModule(LightningDataModule, ABC):
             "frame": frame,
         }
         self._encoder: PromptEncoder | None = None
+        # In the place of the prompt builder, for systems that take no prompts.
+        self.collate: Callable[[Sequence[Sample]], Any] | None = None
+        self._asked = Asked()
         self._splits: dict[str, Sequence[Sample]] = {}
         self._row_ids: dict[str, list[str]] = {}
 
@@ -165,16 +178,37 @@ class RFTDataModule(LightningDataModule, ABC):
             self._splits[name] = samples
         return self._splits[name]
 
+    def unasked(self, split: str) -> Sequence[Sample]:
+        """What `split` would ask about what is there, but a presence map ruled out: samples that count as missed."""
+        return ()
+
     def row_ids(self) -> dict[str, list[str]]:
         """The ids of the rows of every split that was built, in their order."""
-        for name, samples in self._splits.items():
-            if name not in self._row_ids:
-                self._row_ids[name] = [str(sample.id) for sample in samples]
-        return dict(self._row_ids)
+        return {name: self.ids(name) for name in self._splits}
+
+    def ids(self, split: str) -> list[str]:
+        """The ids of the rows of a split, in their order."""
+        if split not in self._row_ids:
+            samples = self.split(split)
+            # A sample of a file is made of its row, which knows the id already.
+            rows = samples.rows if isinstance(samples, SampleRows) else samples
+            self._row_ids[split] = [str(row.id) for row in rows]
+        return self._row_ids[split]
+
+    def ask(self, split: str = "predict", *, limit: int | None = None, answered: Collection[str] = ()) -> None:
+        """Say which questions prediction asks.
+
+        Args:
+            split: of this split.
+            limit: the first ones, so many; all when None.
+            answered: ids of samples that have an answer already. A batch of which all samples have one is left out;
+                batches are cut from the split in the same places whatever is left out.
+        """
+        self._asked = Asked(split, limit, frozenset(answered))
 
     def setup(self, stage: str) -> None:
         """Build the splits of a stage, so that missing data fails before the model is moved or trained."""
-        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": (self._asked.split,)}
         for name in needed.get(stage, ("train",)):
             self.split(name)
         trainer = self.trainer
@@ -211,21 +245,27 @@ class RFTDataModule(LightningDataModule, ABC):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """The prediction split, once."""
-        return self._evaluation_loader("predict")
+        """The prediction split, or what :meth:`ask` said, once."""
+        asked = self._asked
+        names = self.ids(asked.split) if asked.answered else []
+        done = {row for row, name in enumerate(names) if name in asked.answered}
+        return self._evaluation_loader(asked.split, limit=asked.limit, done=done)
 
     def transfer_batch_to_device(self, batch: PromptBatch, device: Any, dataloader_idx: int) -> PromptBatch:
         """Move the tensors; samples and pictures stay."""
         return batch.to(device)
 
-    def _evaluation_loader(self, split: str) -> DataLoader:
+    def _evaluation_loader(self, split: str, *, limit: int | None = None, done: Collection[int] = ()) -> DataLoader:
         rank, world_size = self._process()
         samples = self.split(split)
+        size = len(samples) if limit is None else min(limit, len(samples))
         return DataLoader(
             SampleDataset(samples),
             batch_size=self.eval_batch_size,
-            sampler=EvaluationSampler(len(samples), rank=rank, world_size=world_size),
-            collate_fn=self.encoder,
+            sampler=EvaluationSampler(
+                size, rank=rank, world_size=world_size, batch_size=self.eval_batch_size, done=done
+            ),
+            collate_fn=self.collate or self.encoder,
             num_workers=self.num_workers,
             worker_init_fn=leave_signals_to_parent,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,12 @@ from rft_lightning.datamodules.coco_annotations import (
     coco_root,
 )
 from rft_lightning.datamodules.download import Download
-from rft_lightning.datamodules.labelled import LabelledDataModule
 from rft_lightning.datamodules.negatives import positives_within, with_negatives
+from rft_lightning.datamodules.queried import QueriedDataModule
 from rft_lightning.datamodules.rows import Row
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.sample import DetectionTarget, Sample
-from rft_lightning.tasks import DetectionTask
+from rft_lightning.sample import DetectionTarget, Sample, Target
+from rft_lightning.tasks import DetectionTask, PresenceTask
 
 # The 8 categories of Visual-RFT's few-shot experiments.
 FEW_SHOT_8 = ("bus", "train", "fire hydrant", "stop sign", "cat", "dog", "bed", "toilet")
@@ -59,7 +59,7 @@ _ARCHIVES = {
 _OVERLAPS = ({"val2014", "val2017"}, {"val2014", "train2017"}, {"train2014", "train2017"})
 
 
-class COCODetectionDataModule(LabelledDataModule):
+class COCODetectionDataModule(QueriedDataModule):
     """One question per picture and category: all boxes of the category.
 
     Reads the official trees of 2017 and 2014 as they are unpacked, below `root` or below ``{root}/coco``::
@@ -100,11 +100,14 @@ class COCODetectionDataModule(LabelledDataModule):
             from all pictures of the training split, at first one per picture.
         query_mode: questions in validation, test and prediction. ``all``: every category of every picture, pictures
             without boxes included. ``gt``: only categories annotated in the picture (crowds count), as if an oracle
-            had named them; pictures that show none of the classes have no question then.
+            had named them; pictures that show none of the classes have no question then. ``map``: only what
+            `presence_map` names, as the paper evaluates; what is annotated beyond counts as missed.
+        presence_map: for ``query_mode: map``: ``presence_map.json`` or ``predictions.jsonl`` of a presence evaluation,
+            or a map of the authors; see :class:`rft_lightning.datamodules.queried.QueriedDataModule`.
         val_limit: validate on so many pictures, the first by id; test and prediction take all. null for all.
         exclude_image_ids: pictures that no training row may show, such as the validation file of LVIS, whose pictures
             are partly in train2017.
-        task: the task; DetectionTask by default.
+        task: the task; DetectionTask by default. A PresenceTask asks whether the category is there: crowds count.
         **kwargs: see :class:`LabelledDataModule`.
 
     Raises:
@@ -125,10 +128,11 @@ class COCODetectionDataModule(LabelledDataModule):
         val_shots: int | None = None,
         max_rows: int | None = None,
         negative_fraction: float = 0.0,
-        query_mode: Literal["all", "gt"] = "all",
+        query_mode: Literal["all", "gt", "map"] = "all",
+        presence_map: str | Path | None = None,
         val_limit: int | None = None,
         exclude_image_ids: list[int | str] | str | Path | None = None,
-        task: DetectionTask | None = None,
+        task: DetectionTask | PresenceTask | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -138,14 +142,20 @@ class COCODetectionDataModule(LabelledDataModule):
             max_rows=max_rows,
             val_limit=val_limit,
             exclude_image_ids=exclude_image_ids,
+            negative_fraction=negative_fraction,
+            query_mode=query_mode,
+            presence_map=presence_map,
+            task=task,
             **kwargs,
         )
         self.downloads = official_files((train_split, val_split, test_split))
         self.train_split, self.val_split, self.test_split = train_split, val_split, test_split
-        self.negative_fraction, self.query_mode = negative_fraction, query_mode
-        self.task = task if task is not None else DetectionTask()
         self._annotations: dict[str, COCOAnnotations] = {}
-        self._check()
+        if self.classes is not None and not self.classes:
+            raise ConfigConflictError(
+                f"Expected class names, the name of a set ({', '.join(CLASS_SETS)}) or null for all classes, found "
+                f"classes={self.classes!r}."
+            )
 
     @property
     def has_val(self) -> bool:
@@ -156,6 +166,10 @@ class COCODetectionDataModule(LabelledDataModule):
     def class_names(self) -> list[str]:
         """See the base class."""
         return list(self._select(self._data("train")).values())
+
+    def pictures(self, split: str) -> Collection[int]:
+        """See the base class."""
+        return self._data(split).pictures.keys()
 
     def rows(self, split: str) -> Sequence[Row]:
         """See the base class."""
@@ -257,17 +271,6 @@ class COCODetectionDataModule(LabelledDataModule):
                     stacklevel=2,
                 )
 
-    def _check(self) -> None:
-        if not 0 <= self.negative_fraction < 1:
-            raise ConfigConflictError(f"Expected 0 <= negative_fraction < 1, found {self.negative_fraction}.")
-        if self.query_mode not in ("all", "gt"):
-            raise ConfigConflictError(f"Expected query_mode all or gt, found {self.query_mode!r}.")
-        if self.classes is not None and not self.classes:
-            raise ConfigConflictError(
-                f"Expected class names, the name of a set ({', '.join(CLASS_SETS)}) or null for all classes, found "
-                f"classes={self.classes!r}."
-            )
-
 
 def _row(data: COCOAnnotations, pair: RowKey) -> Row:
     found = data.objects.get(pair)
@@ -281,7 +284,7 @@ class COCOSamples:
 
     file: Path
     split: str
-    task: DetectionTask
+    task: DetectionTask | PresenceTask
     pictures: Mapping[int, Picture]
     objects: Mapping[RowKey, CategoryObjects]
     categories: Mapping[str, int]
@@ -289,7 +292,7 @@ class COCOSamples:
     checked: bool
 
     @classmethod
-    def of(cls, data: COCOAnnotations, rows: Sequence[Row], task: DetectionTask) -> COCOSamples:
+    def of(cls, data: COCOAnnotations, rows: Sequence[Row], task: DetectionTask | PresenceTask) -> COCOSamples:
         """The maker of these rows.
 
         Raises:
@@ -314,7 +317,7 @@ class COCOSamples:
         picture, found = self.pictures[image], self.objects.get((image, category), CategoryObjects())
         if not self.checked:
             check_size(image, picture, self.file, self.split)
-        target = DetectionTarget(
+        objects = DetectionTarget(
             found.boxes,
             category=row.label,
             category_id=category,
@@ -323,6 +326,7 @@ class COCOSamples:
             ignore_areas=found.ignore_areas,
             image_size=picture.size,
         )
+        target: Target = self.task.target(objects) if isinstance(self.task, PresenceTask) else objects
         return Sample(row.id, picture.path, target, self.task, picture.size, image_id=image)
 
 

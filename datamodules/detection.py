@@ -13,14 +13,14 @@ from PIL import Image
 
 from rft_lightning.datamodules.coco_annotations import CategoryObjects, Picture
 from rft_lightning.datamodules.fewshot import hash_order
-from rft_lightning.datamodules.labelled import LabelledDataModule
 from rft_lightning.datamodules.negatives import positives_within, with_negatives
+from rft_lightning.datamodules.queried import QueriedDataModule
 from rft_lightning.datamodules.rows import Row
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
-from rft_lightning.sample import DetectionTarget, Sample
-from rft_lightning.tasks import DetectionTask
+from rft_lightning.presence_map import ImageId
+from rft_lightning.sample import DetectionTarget, Sample, Target
+from rft_lightning.tasks import DetectionTask, PresenceTask
 
-ImageId = int | str
 Pair = tuple[ImageId, int]  # (image id, category id)
 
 
@@ -56,9 +56,9 @@ class DetectionAnnotations:
         return [self.row(*pair) for pair in sorted(pair for pair, found in self.objects.items() if found.boxes)]
 
     def queries(self, mode: str, images: Collection[ImageId] | None = None) -> list[Row]:
-        """The pairs to ask about in evaluation: ``all`` whose truth is known, or ``gt``, the annotated ones."""
+        """The pairs to ask about in evaluation: the annotated ones, and but for ``gt`` those known to be absent."""
         pairs = {pair for pair, found in self.objects.items() if not found.is_empty}
-        if mode == "all":
+        if mode != "gt":
             pairs.update((image, category) for image in self.pictures for category in self.known_absent(image))
         return [self.row(*pair) for pair in sorted(pairs) if images is None or pair[0] in images]
 
@@ -88,7 +88,7 @@ class DetectionAnnotations:
         )
 
 
-class DetectionDataModule(LabelledDataModule):
+class DetectionDataModule(QueriedDataModule):
     """What the detection sets share: training on what pictures show, negatives, and the questions of evaluation.
 
     Training rows are the (picture, category) pairs with a box. A subclass reads the annotations.
@@ -98,8 +98,12 @@ class DetectionDataModule(LabelledDataModule):
             show, so that "No Objects" is right. Added to the shots; drawn by `seed`, at first one per picture.
             `max_rows` counts them.
         query_mode: questions in validation and test. ``all``: every category of every picture whose truth is known.
-            ``gt``: only categories annotated in the picture, as if an oracle had named them.
-        task: the task; DetectionTask by default.
+            ``gt``: only categories annotated in the picture, as if an oracle had named them. ``map``: of those of
+            ``all``, what `presence_map` names, as the paper evaluates; what is annotated beyond counts as missed. A
+            pair of the map whose truth is unknown is not asked: no answer to it could count.
+        presence_map: for ``query_mode: map``: ``presence_map.json`` or ``predictions.jsonl`` of a presence evaluation,
+            or a map of the authors; see :class:`rft_lightning.datamodules.queried.QueriedDataModule`.
+        task: the task; DetectionTask by default. A PresenceTask asks whether the category is there: crowds count.
         **kwargs: see :class:`LabelledDataModule`.
 
     Raises:
@@ -110,19 +114,16 @@ class DetectionDataModule(LabelledDataModule):
         self,
         *,
         negative_fraction: float = 0.0,
-        query_mode: Literal["all", "gt"] = "all",
-        task: DetectionTask | None = None,
+        query_mode: Literal["all", "gt", "map"] = "all",
+        presence_map: str | Path | None = None,
+        task: DetectionTask | PresenceTask | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        if not 0 <= negative_fraction < 1:
-            raise ConfigConflictError(f"Expected 0 <= negative_fraction < 1, found {negative_fraction}.")
-        if query_mode not in ("all", "gt"):
-            raise ConfigConflictError(f"Expected query_mode all or gt, found {query_mode!r}.")
+        super().__init__(
+            negative_fraction=negative_fraction, query_mode=query_mode, presence_map=presence_map, task=task, **kwargs
+        )
         if self.classes is not None and not self.classes:
             raise ConfigConflictError(f"Expected names of classes, or null for all, found classes={self.classes!r}.")
-        self.negative_fraction, self.query_mode = negative_fraction, query_mode
-        self.task = task if task is not None else DetectionTask()
         self._annotations: dict[str, DetectionAnnotations] = {}
 
     @abstractmethod
@@ -140,6 +141,10 @@ class DetectionDataModule(LabelledDataModule):
         """Names of the wanted classes, in the order of their ids."""
         data = next(iter(self._annotations.values()), None) or self.annotations("train")
         return list(data.categories.values())
+
+    def pictures(self, split: str) -> Collection[ImageId]:
+        """See the base class."""
+        return self.annotations(split).pictures.keys()
 
     def rows(self, split: str) -> Sequence[Row]:
         """See the base class."""
@@ -197,7 +202,7 @@ class DetectionDataModule(LabelledDataModule):
 class DetectionSamples:
     """Samples of detection rows, with what is annotated of them."""
 
-    task: DetectionTask
+    task: DetectionTask | PresenceTask
     pictures: Mapping[ImageId, Picture]
     objects: Mapping[Pair, CategoryObjects]
     categories: Mapping[str, int]
@@ -207,7 +212,9 @@ class DetectionSamples:
     measured: set[ImageId] = field(default_factory=set)
 
     @classmethod
-    def of(cls, data: DetectionAnnotations, rows: Iterable[Row], task: DetectionTask) -> DetectionSamples:
+    def of(
+        cls, data: DetectionAnnotations, rows: Iterable[Row], task: DetectionTask | PresenceTask
+    ) -> DetectionSamples:
         """The maker of these rows; see :meth:`LabelledDataModule.maker`."""
         ids = {name: category for category, name in data.categories.items()}
         pairs = {(row.image, ids[row.label]) for row in rows}
@@ -229,7 +236,7 @@ class DetectionSamples:
             self.measured.add(row.image)
         pair = (row.image, category)
         found = self.objects.get(pair, CategoryObjects())
-        target = DetectionTarget(
+        objects = DetectionTarget(
             found.boxes,
             category=row.label,
             category_id=category,
@@ -240,6 +247,7 @@ class DetectionSamples:
             frequency=self.frequency.get(category),
             image_size=picture.size,
         )
+        target: Target = self.task.target(objects) if isinstance(self.task, PresenceTask) else objects
         return Sample(row.id, picture.path, target, self.task, picture.size, image_id=row.image)
 
 

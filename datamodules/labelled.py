@@ -165,9 +165,13 @@ class LabelledDataModule(RFTDataModule):
             check_headers(rows, make)
         return SampleRows(rows, make)
 
-    def chosen(self, split: str) -> list[Row]:
-        """The rows that a split uses."""
+    def drawn(self, split: str) -> list[Row]:
+        """The rows that a split holds: what a manifest states."""
         return self._choice(split)[1]
+
+    def chosen(self, split: str) -> list[Row]:
+        """The rows that a split uses: of those that it holds, the ones that are asked."""
+        return self.drawn(split)
 
     def source(self, split: str) -> str:
         """The split whose rows `split` uses: another one where validation has none of its own."""
@@ -204,7 +208,7 @@ class LabelledDataModule(RFTDataModule):
         if shots is None:
             return {}
         by_instance = split == "train" and self.shot_unit == "instance"
-        rows = self.chosen(split)
+        rows = self.drawn(split)
         if split == "val" and self._given_rows("val") is None:
             rows = self._validation_pool[1]  # what `val_limit` leaves out is there
         shown = {(row.label, row.image): row.instances if by_instance else 1 for row in rows if row.instances}

@@ -122,7 +122,7 @@ def describe(data: LabelledDataModule) -> dict[str, Any]:
     """The content of the manifest of a datamodule: see :meth:`LabelledDataModule.manifest_data`."""
     if isinstance(data.given, Manifest):
         for split in ("train", "val", "test"):
-            data.chosen(split)
+            data.drawn(split)
         return data.given.content
     return {
         "format": FORMAT,
@@ -187,7 +187,7 @@ def settings_of(data: LabelledDataModule) -> dict[str, Any]:
 
 
 def _split(data: LabelledDataModule, split: str) -> dict[str, Any]:
-    ids = [row.id for row in data.chosen(split)]
+    ids = [row.id for row in data.drawn(split)]
     stated = {"source": data.source(split), "count": len(ids), "hash": rows_hash(ids), "short": data.short(split)}
     return stated if split == "test" and len(ids) > _TEST_IDS else {**stated, "ids": ids}
 

@@ -15,7 +15,7 @@ import torch
 from rft_lightning.datamodules.base import RFTDataModule
 from rft_lightning.datamodules.samplers import RolloutBatchSampler
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.sample import DetectionTarget, Sample
+from rft_lightning.sample import DetectionTarget, PresenceTarget, Sample
 from rft_lightning.seeding import derived_seed
 
 # Apart from each other, so that category 1 of one member is not category 1 of the next.
@@ -94,6 +94,10 @@ class MixtureDataModule(RFTDataModule):
     def samples(self, split: str) -> Sequence[Sample]:
         """See the base class."""
         return MixedSamples([part.split(split) for part in self.parts().values()])
+
+    def unasked(self, split: str) -> Sequence[Sample]:
+        """See the base class: those of all members."""
+        return MixedSamples([part.unasked(split) for part in self.parts().values()])
 
     def train_sampler(self, size: int, *, rank: int, world_size: int) -> RolloutBatchSampler:
         """See the base class."""
@@ -222,7 +226,7 @@ class MixedSamples(Sequence):
         member = bisect.bisect_right(self._ends, position)
         sample = self.members[member][position - (self._ends[member - 1] if member else 0)]
         target = sample.target
-        if isinstance(target, DetectionTarget):
+        if isinstance(target, DetectionTarget | PresenceTarget):
             target = replace(target, category_id=member * _CATEGORIES + target.category_id)
         return replace(sample, id=f"{member}/{sample.id}", image_id=f"{member}/{sample.image_id}", target=target)
 

@@ -6,7 +6,7 @@ Shape legend: B prompts per process and wave, W processes, O waves per batch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -127,14 +127,28 @@ class RolloutBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class EvaluationSampler(Sampler[tuple[int, int]]):
-    """Every row once over all processes: rank r takes rows r, r + W, ... without padding, so nothing counts twice.
+    """Every row once over all processes, without padding, so nothing counts twice.
 
-    With more processes than rows, those without a row get the first one with the occurrence NOT_COUNTED: Lightning
-    would leave their loops out, and with them what all processes do together.
+    The rows are cut into batches, of which rank r takes every W-th from r on: what a row is computed with, which may
+    change its last bits, is the same on any number of processes. With more processes than batches, those without one
+    get the first row with the occurrence NOT_COUNTED: Lightning would leave their loops out, and with them what all
+    processes do together.
+
+    Args:
+        size: number of rows.
+        rank: this process.
+        world_size: W, number of processes.
+        batch_size: rows of a batch.
+        done: rows that need not come again. A batch is left out if all of its rows are among them; the others are cut
+            as if nothing were left out.
     """
 
-    def __init__(self, size: int, *, rank: int = 0, world_size: int = 1) -> None:
-        self.entries = [(row, 0) for row in range(rank, size, world_size)] or [(0, NOT_COUNTED)]
+    def __init__(
+        self, size: int, *, rank: int = 0, world_size: int = 1, batch_size: int = 1, done: Collection[int] = ()
+    ) -> None:
+        batches = [range(start, min(start + batch_size, size)) for start in range(0, size, batch_size)]
+        left = [row for batch in batches[rank::world_size] if not all(row in done for row in batch) for row in batch]
+        self.entries = [(row, 0) for row in left] or [(0, NOT_COUNTED)]
 
     def __len__(self) -> int:
         return len(self.entries)

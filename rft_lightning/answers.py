@@ -29,6 +29,7 @@ ProblemKind = Literal[
     "confidence_malformed",
     "point_malformed",
     "point_outside_frame",
+    "no_decision",
     "more",
 ]
 PROBLEM_KINDS: tuple[ProblemKind, ...] = get_args(ProblemKind)

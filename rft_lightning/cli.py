@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-import rft_lightning.callbacks
 import rft_lightning.datamodules  # noqa: F401
 from rft_lightning import __version__
+from rft_lightning.baselines import BaselineModule
+from rft_lightning.callbacks import metric_callbacks
 from rft_lightning.config_files import install_loader
 from rft_lightning.datamodules import RFTDataModule
 from rft_lightning.errors import CheckpointError, ConfigConflictError, RFTError
@@ -25,7 +27,6 @@ from rft_lightning.export import export
 from rft_lightning.failures import remedy
 from rft_lightning.grpo import GRPOModule  # noqa: F401
 from rft_lightning.interruption import Interrupted
-from rft_lightning.policy_module import PolicyModule
 from rft_lightning.prepare import named_errors, run_prepare, settle_processor
 from rft_lightning.score import run_score
 from rft_lightning.sft import SFTModule  # noqa: F401
@@ -47,16 +48,28 @@ class RFTParser(LightningArgumentParser):
 
 
 class RFTCLI(LightningCLI):
-    """fit, validate, test, predict and rollout."""
+    """fit, validate, test, predict, evaluate and rollout."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and rollout."""
-        return {**LightningCLI.subcommands(), "rollout": {"model", "datamodule"}}
+        """Lightning's, evaluate and rollout."""
+        own = ("evaluate", "rollout")
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in own}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """One folder for all that a run writes."""
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            help="Folder of the run: trainer.default_root_dir and the save_dir of all loggers, below which logs, "
+            "checkpoints and the tuned policy lie.",
+        )
 
     def before_instantiate_classes(self) -> None:
         """Settle what the Trainer would refuse in words that do not help."""
         config = self.config[self.config.subcommand]
+        if config.run_dir is not None:
+            self._settle_folder(config.trainer, config.run_dir)
         checkpoint = config.get("ckpt_path")
         # "best", "last", "hpc" and registries are Lightning's own words.
         if checkpoint and Path(checkpoint).suffix and not Path(checkpoint).exists():
@@ -69,14 +82,24 @@ class RFTCLI(LightningCLI):
         if trainer.enable_progress_bar is False and trainer.callbacks:
             trainer.callbacks = [c for c in trainer.callbacks if not c.class_path.endswith("ProgressBar")]
 
+    @staticmethod
+    def _settle_folder(trainer: Any, folder: str) -> None:
+        trainer.default_root_dir = folder
+        for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
+            if hasattr(logger, "init_args") and "save_dir" in logger.init_args:
+                logger.init_args.save_dir = folder
+
     def instantiate_classes(self) -> None:
         """Lightning's, with the named errors of constructors."""
         with named_errors():
             super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
-        """The policy's checkpoint also sets up the datamodule's prompts."""
-        settle_processor(self.datamodule, self.model.checkpoint)
+        """The policy's checkpoint also sets up the prompts; another system takes the samples in its own way."""
+        if isinstance(self.model, BaselineModule):
+            self.datamodule.collate = self.model.encoder_for(self.datamodule)
+        else:
+            settle_processor(self.datamodule, self.model.checkpoint)
 
 
 def configs(copy: str | None = None) -> None:
@@ -123,12 +146,16 @@ def run(args: ArgsType = None) -> Any:
 
         return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"rft {words[0]}")
     if isinstance(words, list) and words[:1] == ["score"]:
-        return run_score(words[1:])
+        return run_score(words[1:], metric_callbacks)
+    if isinstance(words, list) and words[:1] == ["table"]:
+        from rft_lightning.report.tables import run_table
+
+        return run_table(words[1:])
     install_loader(words if isinstance(words, list) else (), SHARED_DATA_ARGUMENTS)
     if isinstance(words, list) and words[:1] == ["prepare"]:
         return run_prepare(words[1:], RFTDataModule)
     return RFTCLI(
-        PolicyModule,
+        LightningModule,
         RFTDataModule,
         trainer_class=RFTTrainer,
         parser_class=RFTParser,
@@ -141,7 +168,8 @@ def run(args: ArgsType = None) -> Any:
             "version": f"rft_lightning {__version__}",
             "epilog": "Further commands: configs (list and copy the shipped configuration files), export (a checkpoint "
             "as a Hugging Face folder), prepare (check, summarise and preview the data of a configuration), score "
-            "(average precision of a results file).",
+            "(average precision of a results file, all metrics of a predictions file), table (the paper's tables: the "
+            "runs that fill them, and what was measured beside what was published).",
             # The generated usage is a hundred lines, which would bury the error below it.
             **{name: {"usage": f"rft {name} --config FILE [options]"} for name in RFTCLI.subcommands()},
         },

@@ -15,6 +15,7 @@ from rft_lightning.checkpointing import RECORD, check_names, load_weights, polic
 from rft_lightning.collectives import anywhere
 from rft_lightning.device_memory import halving, out_of_memory_as
 from rft_lightning.errors import ConfigConflictError
+from rft_lightning.evaluation.voting import Voting
 from rft_lightning.model_card import configuration, run_facts
 from rft_lightning.optimiser_steps import OptimiserSteps
 from rft_lightning.policy.loading import load_policy, load_processor
@@ -126,6 +127,8 @@ class PolicyModule(OptimiserSteps):
         self.forward_option, self.layout = forward, forward
         self.rollout_engine, self.cuda_graphs = rollout_engine, cuda_graphs
         self.max_completion_length, self.eval_temperature = max_completion_length, eval_temperature
+        # How questions are answered in evaluation; `rft evaluate` sets it.
+        self.voting = Voting()
         # Completions per prompt -> prompts at a time for which the device's memory was enough, once it was not.
         self._fitting: dict[int, int] = {}
         self.seed = run_seed(seed)
@@ -370,9 +373,19 @@ class PolicyModule(OptimiserSteps):
         """One Prediction per sample."""
         if not self._gathers:
             anywhere(True)  # see on_validation_epoch_end
-        rollouts = self.generate(batch, temperature=self.eval_temperature)
-        return [
-            Prediction(sample, texts[0], sample.task.read(texts[0], batch.frame, sample.image_size))
-            for sample, texts in zip(rollouts.prompts.samples, rollouts.texts, strict=True)
-            if sample.occurrence != NOT_COUNTED
-        ]
+        voting = self.voting
+        rollouts = self.generate(batch, voting.answers, temperature=voting.heat(self.eval_temperature))
+        counted = (i for i, sample in enumerate(rollouts.prompts.samples) if sample.occurrence != NOT_COUNTED)
+        return [self._prediction(rollouts, number) for number in counted]
+
+    def _prediction(self, rollouts: Rollouts, number: int) -> Prediction:
+        """The answer that counts of those to one prompt."""
+        sample, texts = rollouts.prompts.samples[number], rollouts.texts[number]
+        answers = [sample.task.read(text, rollouts.prompts.frame, sample.image_size) for text in texts]
+        for answer, tokens, cut in zip(
+            answers, rollouts.lengths[number], rollouts.truncated[number].tolist(), strict=True
+        ):
+            answer.num_tokens, answer.token_limit, answer.truncated = tokens, self.max_completion_length, cut
+        chosen = self.voting.choice(sample, answers)
+        several = tuple(texts) if len(texts) > 1 else ()
+        return Prediction(sample, texts[chosen], answers[chosen], texts=several)

@@ -22,7 +22,7 @@ from rft_lightning.sample import Sample
 from rft_lightning.trainer import RFTTrainer
 
 # What configurations of other commands state beside `data`, `model` and `trainer`.
-_UNUSED = ("ckpt_path", "weights_only", "verbose")
+_UNUSED = ("ckpt_path", "weights_only", "verbose", "run_dir")
 # Options of --estimate, each in place of what the configuration says.
 _OVERRIDES = ("devices", "num_nodes", "strategy", "precision", "prompt_tokens")
 _LOOKED_AT = 64  # samples of a split among which those of the preview are chosen

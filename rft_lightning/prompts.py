@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from rft_lightning.errors import CheckpointError, ConfigConflictError, PromptTooLongError
@@ -74,7 +78,8 @@ class PromptEncoder:
             PromptTooLongError: a prompt has more than `max_prompt_length` tokens.
         """
         completed = [self.complete(sample) for sample in samples]
-        encoded = [self.encode(sample) for sample in completed]
+        with _pictures_once(self.processor) as load:
+            encoded = [self.encode(sample, load(sample)) for sample in completed]
         lengths = [prompt["input_ids"].shape[1] for prompt in encoded]
         self._check_lengths(completed, lengths)
         pads = {"input_ids": self.processor.tokenizer.pad_token_id}
@@ -105,8 +110,14 @@ class PromptEncoder:
             )
         return torch.cat(pieces)
 
-    def encode(self, sample: Sample) -> dict[str, Tensor]:
-        """The tensors of one completed sample: what the processor makes of it, as the model takes it."""
+    def encode(self, sample: Sample, image: Image.Image | None = None) -> dict[str, Tensor]:
+        """The tensors of one completed sample: what the processor makes of it, as the model takes it.
+
+        Args:
+            sample: the sample.
+            image: its picture, where it was loaded already.
+        """
+        image = sample.load_image() if image is None else image
         tokenizer = self.processor.tokenizer
         text = self.processor.apply_chat_template(self.messages(sample), add_generation_prompt=True, tokenize=False)
         settings: dict[str, Any] = {}
@@ -114,7 +125,7 @@ class PromptEncoder:
             settings["add_special_tokens"] = False  # the tokenizer would begin the text a second time
         if "mm_token_type_ids" in self.processor.model_input_names:
             settings["return_mm_token_type_ids"] = True
-        encoded = dict(self.processor(text=[text], images=[[sample.load_image()]], return_tensors="pt", **settings))
+        encoded = dict(self.processor(text=[text], images=[[image]], return_tensors="pt", **settings))
         encoded.pop("labels", None)  # PaliGemma's processor makes them of the prompt
         if "image_sizes" in encoded and encoded["pixel_values"].ndim == 5:
             # LLaVA's tiles [1, tiles, 3, H, W]: its models take them as rows too, and rows need no padding in a batch.
@@ -131,6 +142,45 @@ class PromptEncoder:
                     f"{length} tokens, more than max_prompt_length={self.max_prompt_length}. Prompts are never "
                     "truncated: lower data.max_pixels or raise data.max_prompt_length."
                 )
+
+
+class _PicturesOnce:
+    """An image processor that processes every picture object once; in all else the one it stands for."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._results: dict[int, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        ((image,),) = images
+        if id(image) not in self._results:
+            self._results[id(image)] = self._processor(images, *args, **kwargs)
+        return copy.copy(self._results[id(image)])
+
+
+@contextmanager
+def _pictures_once(processor: Any) -> Iterator[Callable[[Sample], Image.Image]]:
+    """Inside, a picture that several samples show is read and processed once; gives what loads the picture of a sample.
+
+    Reading and resizing are nearly all of a prompt's cost, and evaluation asks for every category of a picture.
+    """
+    loaded: dict[Any, Image.Image] = {}  # also keeps them alive: an object made later must not have the same id
+
+    def load(sample: Sample) -> Image.Image:
+        key = sample.image if isinstance(sample.image, Path) else id(sample.image)
+        if key not in loaded:
+            loaded[key] = sample.load_image()
+        return loaded[key]
+
+    own = processor.image_processor
+    processor.image_processor = _PicturesOnce(own)
+    try:
+        yield load
+    finally:
+        processor.image_processor = own
 
 
 def left_padded(tensor: Tensor, width: int, value: int) -> Tensor:

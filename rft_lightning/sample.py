@@ -138,7 +138,26 @@ class GroundingTarget:
         return paint(self.regions, self.image_size)
 
 
-Target = ClassTarget | DetectionTarget | GroundingTarget
+@dataclass
+class PresenceTarget:
+    """Whether a picture shows an object of a category: the first of the two stages of the paper's detection protocol.
+
+    Attributes:
+        present: it does; crowds count.
+        category: name of the category that the question asks for.
+        category_id: the data set's own id of the category.
+        image_size: (width, height) of the original image in pixels.
+        solution_text: the answer as it is taught; the task writes it.
+    """
+
+    present: bool
+    category: str = ""
+    category_id: int = 0
+    image_size: tuple[int, int] | None = None
+    solution_text: str | None = None
+
+
+Target = ClassTarget | DetectionTarget | GroundingTarget | PresenceTarget
 
 
 @dataclass
@@ -161,6 +180,7 @@ class Answer:
         problems: what was wrong with the text, in words, each with a `kind` to count it by (see
             :data:`rft_lightning.answers.PROBLEM_KINDS`); empty for a clean answer.
         points: [K', 2] float64 (x, y) in pixels of the original image, where the answer is written in points.
+        mask: [H, W] bool of the original image: what a system that segments says the object is; None without one.
         num_tokens: length of the completion in tokens, its end of sequence included; None where it is not known.
         token_limit: most tokens that the completion could have; None where it is not known.
         truncated: the limit came before an end of sequence.
@@ -177,6 +197,7 @@ class Answer:
     parsed: bool | None = None
     problems: tuple[str, ...] = ()
     points: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.float64))
+    mask: np.ndarray | None = None
     num_tokens: int | None = None
     token_limit: int | None = None
     truncated: bool = False
@@ -428,17 +449,26 @@ class Prediction:
         text: the completion as written.
         answer: the completion as read.
         index: which completion of the sample this is (0 for greedy decoding).
+        texts: all completions, where this one was chosen from several.
+        unasked: the question was not asked, since a presence map ruled it out; the answer is empty.
     """
 
     sample: Sample
     text: str
     answer: Answer
     index: int = 0
+    texts: tuple[str, ...] = ()
+    unasked: bool = False
 
     @property
     def target(self) -> Target | None:
         """The sample's target."""
         return self.sample.target
+
+
+def unasked(sample: Sample) -> Prediction:
+    """What counts as the answer to a question that was not asked: nothing."""
+    return Prediction(sample, "", Answer(no_objects=True, parsed=True), unasked=True)
 
 
 def _spans(counts: Sequence[int], prompts: Sequence[int], device: torch.device) -> Tensor:
@@ -463,10 +493,12 @@ __all__ = [
     "DetectionTarget",
     "GroundingTarget",
     "Prediction",
+    "PresenceTarget",
     "PromptBatch",
     "Region",
     "Rollouts",
     "Sample",
     "Target",
     "as_boxes",
+    "unasked",
 ]

@@ -1,11 +1,11 @@
-"""`rft score`: average precision of a results file, printed as pycocotools and lvis-api print it."""
+"""`rft score`: average precision of a results file, as pycocotools and lvis-api print it; metrics of predictions."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ import jsonargparse
 from torch import Tensor
 
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
+from rft_lightning.evaluation.results import SCORES, class_of, record_table, scores_of
+from rft_lightning.evaluation.rows import read_predictions
 from rft_lightning.metrics.ap_files import load_json
 from rft_lightning.metrics.coco_map import COCOMeanAveragePrecision
 from rft_lightning.metrics.lvis_ap import LVISAveragePrecision
@@ -84,8 +86,7 @@ def score(
     """
     if lvis and iou_type != "bbox":
         raise ConfigConflictError("LVIS evaluation compares boxes only; leave out --iou_type, or --lvis.")
-    if output is not None and Path(output).is_dir():
-        raise ConfigConflictError(f"--output {output} is a folder; expected the name of a JSON file.")
+    _check_output(output)
     truth, found = _read(gt, "ground truth"), _read(results, "results")
     _check(truth, found, f"The ground truth {gt}", f"The results {results}", "bbox" if lvis else iou_type)
     names = {category["id"]: category.get("name", str(category["id"])) for category in truth["categories"]}
@@ -101,10 +102,19 @@ def score(
     print("\n".join(lvis_table(values) if lvis else coco_table(values)))
     if per_class:
         print("\n".join(_class_table(record["per_class"])))
+    _write_output(record, output)
+    return record
+
+
+def _check_output(output: str | Path | None) -> None:
+    if output is not None and Path(output).is_dir():
+        raise ConfigConflictError(f"--output {output} is a folder; expected the name of a JSON file.")
+
+
+def _write_output(record: Mapping[str, Any], output: str | Path | None) -> None:
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return record
 
 
 def coco_table(values: Mapping[str, Tensor]) -> list[str]:
@@ -130,24 +140,97 @@ def _number(values: Mapping[str, Tensor], key: str) -> float:
     return float(values[key]) if key in values else -1.0
 
 
-def run_score(words: Sequence[str]) -> None:
-    """Parse the command line after `score` and evaluate."""
-    score(**vars(score_parser().parse_args(list(words))))
+def score_predictions(
+    file: str | Path,
+    callbacks: Iterable[Any],
+    *,
+    per_class: bool = False,
+    classes: Sequence[int | str] | None = None,
+    output: str | Path | None = None,
+) -> dict[str, Any]:
+    """Score a file of predictions with their right answers, of this package or another system, and print the numbers.
+
+    Args:
+        file: JSON lines as ``rft evaluate`` writes them; see :mod:`rft_lightning.evaluation.rows`.
+        callbacks: metric callbacks.
+        per_class: print the value of each class as well.
+        classes: names of the classes whose questions count; None: all.
+        output: JSON file to write the numbers to, not rounded; its folder is made.
+
+    Returns:
+        what `output` holds: ``samples``, ``metrics``, ``per_class`` and ``parse_failures``.
+
+    Raises:
+        AnnotationError: the file is not of its format, or no row has a right answer.
+        ConfigConflictError: unknown classes, or `output` is a folder.
+    """
+    _check_output(output)
+    predictions = read_predictions(file)
+    if all(prediction.target is None for prediction in predictions):
+        raise AnnotationError(f"{file} holds no right answers (`target`), so there is nothing to compare with.")
+    if classes is not None:
+        names = {class_of(prediction) for prediction in predictions} - {None}
+        for name in classes:
+            if name not in names:
+                near = difflib.get_close_matches(str(name), map(str, names), n=3) or sorted(map(str, names))[:3]
+                raise ConfigConflictError(f"{file} asks for no class {name!r}, but for such as {', '.join(near)}.")
+        predictions = [prediction for prediction in predictions if class_of(prediction) in classes]
+    record = scores_of(predictions, callbacks)
+    print("\n".join(record_table(record, per_class=per_class)))
+    _write_output(record, output)
+    return record
+
+
+def run_score(words: Sequence[str], metric_callbacks: Callable[..., Iterable[Any]]) -> None:
+    """Parse the command line after `score` and evaluate.
+
+    Args:
+        words: the command line.
+        metric_callbacks: makes the callbacks that score a predictions file, given ``protocol``, ``score_from`` and
+            ``mask_protocol``.
+    """
+    parser = score_parser()
+    options = vars(parser.parse_args(list(words)))
+    own = {name: options.pop(name) for name in ("score_from", "mask_protocol")}
+    if options["results"] is not None:
+        changed = [f"--{name}" for name, value in own.items() if value != parser.get_default(name)]
+        if changed:
+            raise ConfigConflictError(f"{' and '.join(changed)} is for predictions files; leave it out.")
+        score(**options)
+        return
+    file = options.pop("gt")
+    if Path(file).suffix != ".jsonl":
+        raise ConfigConflictError(
+            f"Found one file, {file}. Expected ground truth and results (rft score gt.json results.json), or "
+            "predictions with their right answers (rft score predictions.jsonl)."
+        )
+    if options.pop("iou_type") != "bbox":
+        raise ConfigConflictError("--iou_type is for results files; masks of predictions are compared without it.")
+    protocol = "lvis" if options.pop("lvis") else "coco"
+    options.pop("results")
+    score_predictions(file, metric_callbacks(protocol=protocol, **own), **options)
 
 
 def score_parser() -> jsonargparse.ArgumentParser:
     """The arguments of :func:`score`. By hand: from the signature, switches would need a value and classes brackets."""
     parser = jsonargparse.ArgumentParser(
         prog="rft score",
-        description="Average precision of a results file, printed as pycocotools (or lvis-api) prints it.",
+        description="Average precision of a results file, printed as pycocotools (or lvis-api) prints it; or all "
+        "metrics of a predictions file, which holds its right answers: rft score predictions.jsonl.",
     )
-    parser.add_argument("gt", type=str, help="Ground truth in COCO's or LVIS's format.")
-    parser.add_argument("results", type=str, help="List of image_id, category_id, bbox (or segmentation) and score.")
+    parser.add_argument("gt", type=str, help="Ground truth in COCO's or LVIS's format; or predictions (.jsonl).")
+    parser.add_argument(
+        "results", type=str, nargs="?", help="List of image_id, category_id, bbox (or segmentation) and score."
+    )
     parser.add_argument("--lvis", action="store_true", help="Evaluate by LVIS's federated rules.")
     parser.add_argument("--iou_type", choices=("bbox", "segm"), default="bbox", help="Compare boxes or masks.")
     parser.add_argument("--per_class", action="store_true", help="Print the AP of each category as well.")
     parser.add_argument("--classes", type=str, nargs="+", help="Names or ids of the categories to evaluate.")
     parser.add_argument("--output", type=str, help="JSON file to write the numbers to.")
+    parser.add_argument("--score_from", choices=SCORES, default="confidence", help="Predictions: what ranks boxes.")
+    parser.add_argument(
+        "--mask_protocol", choices=("lisa", "published_code"), default="lisa", help="Predictions: which mask is right."
+    )
     return parser
 
 
@@ -230,4 +313,4 @@ def _check_entries(entries: Iterable[Any], keys: set[str], what: str) -> None:
             raise AnnotationError(f"{what} {number}: expected a bbox of four numbers (xywh), found {entry['bbox']}.")
 
 
-__all__ = ["coco_table", "lvis_table", "run_score", "score", "score_parser"]
+__all__ = ["coco_table", "lvis_table", "run_score", "score", "score_parser", "score_predictions"]

@@ -21,7 +21,7 @@ FSDP2_PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 class RFTTrainer(Trainer):
-    """Lightning's Trainer with a `rollout` command."""
+    """Lightning's Trainer with the commands `rollout` and `evaluate`."""
 
     def rollout(
         self,
@@ -57,6 +57,49 @@ class RFTTrainer(Trainer):
             temperature=temperature,
             ckpt_path=ckpt_path,
             trainer=self,
+        )
+
+    def evaluate(
+        self,
+        model: LightningModule,
+        datamodule: Any,
+        split: str = "test",
+        ckpt_path: str | None = None,
+        output_dir: str | None = None,
+        answers: int = 1,
+        choose: str = "majority",
+        temperature: float | None = None,
+        limit: int | None = None,
+    ) -> None:
+        """Ask all questions of a split, write the answers to a folder, and score them.
+
+        Stopped at any time, the same command goes on where it was. Several processes share the questions.
+
+        Args:
+            model: a PolicyModule, or a comparison system of rft_lightning.baselines.
+            datamodule: where the questions come from.
+            split: test, val or train.
+            ckpt_path: a checkpoint of `fit` whose policy answers; the policy as it starts when None.
+            output_dir: folder of the evaluation; one beside the checkpoint, or below trainer.default_root_dir, when
+                None.
+            answers: answers per question, of which one is chosen.
+            choose: majority (the answer that agrees most with the others), or best (the one with the highest rewards,
+                for which the right answer is looked at: an upper bound).
+            temperature: of the sampling; None is model.eval_temperature (greedy) for one answer, 1 for several.
+            limit: ask only the first questions, so many.
+        """
+        from rft_lightning.evaluation.run import evaluate
+        from rft_lightning.evaluation.voting import Voting
+
+        evaluate(
+            self,
+            model,
+            datamodule,
+            split=split,
+            ckpt_path=ckpt_path,
+            output_dir=output_dir,
+            voting=Voting(answers, choose, temperature),
+            limit=limit,
         )
 
 

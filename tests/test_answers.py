@@ -16,7 +16,7 @@ from rft_lightning import answers
 from rft_lightning.answers import PROBLEM_KINDS, ParsedAnswer, Problem, parse_answer
 from rft_lightning.frames import CoordinateFrame
 from rft_lightning.sample import Answer
-from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask
+from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask, PresenceTask
 
 ENTRY = "{'Position': [1, 2, 30, 40], 'Confidence': 0.9}"
 # The same in the digits and signs of a Chinese keyboard.
@@ -315,13 +315,15 @@ KINDS = {
     "box_without_area": "<answer>{'Position': [5, 5, 1, 9], 'Confidence': 1}</answer>",
     "box_outside_frame": "<answer>{'Position': [5, 5, 1001, 9], 'Confidence': 1}</answer>",
     "point_outside_frame": "<answer>(5,-1)</answer>",
+    "no_decision": "<answer>perhaps</answer>",
     "more": f"<answer>{'{}' * 30}</answer>",
 }
 
 
 def test_every_kind_of_problem_has_its_text():
     for kind, text in KINDS.items():
-        problems = DetectionTask().read(text, CoordinateFrame(), (640, 480)).problems
+        task = PresenceTask() if kind == "no_decision" else DetectionTask()
+        problems = task.read(text, CoordinateFrame(), (640, 480)).problems
         others = {"entry_without_box"} if kind == "more" else set()
         assert {problem.kind for problem in problems} == {kind} | others
     assert set(KINDS) == set(PROBLEM_KINDS)
@@ -503,7 +505,7 @@ def test_any_text_is_read(text: str):
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.sampled_from(TOKENS), max_size=40).map("".join))
 def test_tasks_read_any_text(text: str):
-    for task in (ClassificationTask(), DetectionTask(), GroundingTask()):
+    for task in (ClassificationTask(), DetectionTask(), GroundingTask(), PresenceTask()):
         answer = task.read(text, CoordinateFrame(), (640, 480))
         assert answer.text == text
         assert answer.boxes.isfinite().all()

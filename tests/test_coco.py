@@ -428,7 +428,7 @@ def test_an_unknown_set_is_named_with_close_matches(root):
         ({"val_limit": 0}, "val_limit >= 1 or null, found 0"),
         ({"negative_fraction": 1.0}, "0 <= negative_fraction < 1, found 1.0"),
         ({"negative_fraction": -0.1}, "0 <= negative_fraction < 1, found -0.1"),
-        ({"query_mode": "map"}, "query_mode all or gt, found 'map'"),
+        ({"query_mode": "some"}, "query_mode to be one of all, gt, map, found 'some'"),
         ({"classes": []}, "null for all classes, found classes="),
     ],
 )

@@ -90,7 +90,7 @@ def test_the_papers_values_reach_a_task_file():
     assert model["optimizer"]["init_args"]["weight_decay"] == 0.0
     assert model["schedule"] == "linear"
     assert config["data"]["init_args"]["max_pixels"] == 401408
-    assert len(config["trainer"]["callbacks"]) == 8
+    assert len(config["trainer"]["callbacks"]) == 9
 
 
 def test_the_command_line_wins_over_files_key_by_key():

@@ -280,11 +280,9 @@ def test_from_a_terminal_an_error_is_one_line_and_status_2(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_a_forgotten_argument_is_status_2(capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_a_forgotten_argument_is_named():
+    with pytest.raises(ConfigConflictError, match=r"Found one file, gt\.json\. Expected ground truth and results"):
         main(["score", "gt.json"])
-    assert caught.value.code == 2
-    assert "results" in capsys.readouterr().err
 
 
 # The page -------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from rft_lightning.metrics.grounding import BoxIoU
 from rft_lightning.metrics.lvis_ap import LVISAveragePrecision
 from rft_lightning.metrics.mask_iou import MaskIoU
 from rft_lightning.metrics.matched_iou import MatchedIoU
+from rft_lightning.metrics.presence import PresenceScores
 
 __all__ = [
     "BoxIoU",
@@ -17,5 +18,6 @@ __all__ = [
     "MaskIoU",
     "MatchedIoU",
     "ParseRate",
+    "PresenceScores",
     "stable_id",
 ]

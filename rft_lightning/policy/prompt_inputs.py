@@ -1,12 +1,14 @@
 """What every pass over a prompt needs and what is the same in all of them: worked out once per rollout batch.
 
 Rope positions depend on the prompt alone. So do the features of its images where nothing that makes them is trained:
-then rollout, reference model and policy share one pass of the vision tower.
+then rollout, reference model and policy share one pass of the vision tower. Within a rollout nothing is trained, so
+that several questions about one picture share its features in any case.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,21 +19,53 @@ from rft_lightning.policy.families import base_model, family_of, part_parameters
 from rft_lightning.sample import TOKEN_TENSORS, Features, PromptBatch
 
 
-def prepared(model: Any, prompts: PromptBatch, at_once: int | None = None) -> PromptBatch:
+def prepared(model: Any, prompts: PromptBatch, at_once: int | None = None, *, share: bool = True) -> PromptBatch:
     """The same prompts with their rope positions, and with the features of their images if those never change.
 
     Args:
         model: the policy in eval mode.
         prompts: B prompts.
-        at_once: prompts whose images go through the vision tower together; all when None.
+        at_once: pictures that go through the vision tower together; all when None.
+        share: see :func:`with_features`.
     """
     if prompts.positions is None:
         prompts = replace(prompts, positions=prompt_positions(model, prompts)[0])
-    if prompts.features is None and has_fixed_features(model):
-        chunks = prompts.chunks(at_once or len(prompts))
-        with torch.no_grad():
-            prompts = replace(prompts, features=[found for chunk in chunks for found in image_features(model, chunk)])
-    return prompts
+    return with_features(model, prompts, at_once, share=share) if has_fixed_features(model) else prompts
+
+
+@torch.no_grad()
+def with_features(model: Any, prompts: PromptBatch, at_once: int | None = None, *, share: bool = True) -> PromptBatch:
+    """The same prompts with the features of their images, as the model's weights are now.
+
+    Args:
+        model: the policy in eval mode.
+        prompts: B prompts.
+        at_once: pictures that go through the vision tower together; all when None.
+        share: compute the features of a picture that several prompts show once, for all of them.
+    """
+    if prompts.features is not None:
+        return prompts
+    owner = picture_owners(prompts) if share else list(range(len(prompts)))
+    first = sorted(set(owner))
+    distinct = prompts if len(first) == len(prompts) else prompts.take(first)
+    chunks = distinct.chunks(at_once or len(distinct))
+    found = dict(zip(first, (each for chunk in chunks for each in image_features(model, chunk)), strict=True))
+    return replace(prompts, features=[found[number] for number in owner])
+
+
+def picture_owners(prompts: PromptBatch) -> list[int]:
+    """Of each prompt, the number of the first one with the same picture: the same file, or the same object in memory.
+
+    Not the image id, which is only as good as who gave it. A batch has one encoder, which makes the same of it.
+    """
+    first: dict[Any, int] = {}
+    pictures = [sample.image if isinstance(sample.image, Path) else id(sample.image) for sample in prompts.samples]
+    return [first.setdefault(picture, number) for number, picture in enumerate(pictures)]
+
+
+def shares_pictures(model: Any, prompts: PromptBatch) -> bool:
+    """Whether some prompts show the same picture, to a model that takes features in place of it."""
+    return family_of(base_model(model).config) is not None and len(set(picture_owners(prompts))) < len(prompts)
 
 
 def has_fixed_features(model: Any) -> bool:

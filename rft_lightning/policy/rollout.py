@@ -18,7 +18,7 @@ from rft_lightning.policy.families import base_model, end_token_ids, vision_toke
 from rft_lightning.policy.hf_rollout import hf_sample
 from rft_lightning.policy.loading import evaluating
 from rft_lightning.policy.noise import row_keys
-from rft_lightning.policy.prompt_inputs import prepared
+from rft_lightning.policy.prompt_inputs import prepared, shares_pictures, with_features
 from rft_lightning.policy.sampling import Sampling, next_tokens
 from rft_lightning.policy.shared_prefix import shares_keys
 from rft_lightning.sample import PromptBatch, Rollouts
@@ -99,10 +99,14 @@ def sample_groups(
     at_once = rollout_prompts or len(prompts)
     parts: list[tuple[Tensor, Tensor | None]] = []
     with evaluating(model):
-        prompts = prepared(model, prompts, at_once)
+        # Processes that decode together make the same number of passes, whatever pictures they have.
+        alone = anyone is None
+        prompts = asked = prepared(model, prompts, at_once, share=alone)
+        if alone and engine == "native" and shares_pictures(model, prompts):
+            asked = with_features(model, prompts, at_once)  # not for what comes after: training may change them
         shared = engine == "native" and shares_keys(model)
-        refills = shared and anyone is None
-        for chunk in [prompts] if refills else prompts.chunks(at_once):
+        refills = shared and alone
+        for chunk in [asked] if refills else asked.chunks(at_once):
             if engine == "hf":
                 ids_NC = hf_sample(model, chunk, group_size, sampling, lengths, ends, pad, (seed, step))
                 parts.append((ids_NC, None))

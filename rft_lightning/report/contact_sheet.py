@@ -17,7 +17,7 @@ from torch import Tensor
 from rft_lightning.frames import CoordinateFrame
 from rft_lightning.prompts import PromptEncoder
 from rft_lightning.report.drawing import Drawn, draw_boxes, font_of
-from rft_lightning.sample import ClassTarget, GroundingTarget, Sample, Target
+from rft_lightning.sample import ClassTarget, GroundingTarget, PresenceTarget, Sample, Target
 
 TRUTH, SOLUTION = "#2ca02c", "#ff7f0e"
 _SIDE, _MARGIN, _LETTERS, _LINE = 480, 12, 14, 18  # pixels: of a picture, around it, of the text and its lines
@@ -145,7 +145,7 @@ def _texts(seen: SeenSample) -> list[str]:
     texts.append(f"Question: {_short(sample.question or '')}")
     if sample.target is not None:
         texts.append(f"Solution: {_short(sample.target.solution_text or '')}")
-    if isinstance(sample.target, ClassTarget):
+    if isinstance(sample.target, ClassTarget | PresenceTarget):
         texts.append(f"Read as: {seen.label}")
     elif sample.target is not None:
         texts.append(f"Read as: {len(seen.boxes)} of {len(seen.truth)} boxes")
@@ -153,7 +153,7 @@ def _texts(seen: SeenSample) -> list[str]:
 
 
 def _annotated(target: Target | None) -> Tensor:
-    if target is None or isinstance(target, ClassTarget):
+    if target is None or isinstance(target, ClassTarget | PresenceTarget):
         return torch.zeros(0, 4, dtype=torch.float64)
     # The first box is the answer of a grounding target.
     return target.boxes[:1] if isinstance(target, GroundingTarget) else target.boxes

@@ -18,6 +18,7 @@ from rft_lightning.rewards.grounding import (
     point_in_box_reward,
 )
 from rft_lightning.rewards.length import cosine_length_reward, overlong_reward
+from rft_lightning.rewards.presence import presence_reward
 from rft_lightning.rewards.repetition import repetition_reward
 from rft_lightning.rewards.with_options import RewardWithOptions
 
@@ -38,6 +39,7 @@ __all__ = [
     "overlong_reward",
     "point_in_box_reward",
     "precision_reward",
+    "presence_reward",
     "recall_reward",
     "repetition_reward",
     "soft_format_reward",

@@ -1,0 +1,1 @@
+"""Evaluation: questions answered in batches, written as they come, continued where they stopped, and scored."""

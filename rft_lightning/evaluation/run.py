@@ -1,0 +1,211 @@
+"""`rft evaluate`: ask a split of a data set, write the answers as they come, go on where it stopped, and score them.
+
+The folder of an evaluation, when it is complete:
+
+- ``predictions.jsonl``: one answer per line in the order of the data, see :mod:`rft_lightning.evaluation.rows`;
+- ``metrics.json``: what was measured and of what, see :mod:`rft_lightning.evaluation.results`;
+- ``failures.jsonl``: the rows that could not be read as an answer of their kind;
+- ``results.json``: detections in COCO's (and LVIS's) results format; ``presence_map.json`` of a presence task;
+- ``config.yaml``: the configuration, where the command line made one.
+
+Until then ``parts/`` holds the answers so far. Batches are cut from the data in the same places however often an
+evaluation is stopped, so that it ends with the same answers.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+
+from rft_lightning.errors import ConfigConflictError
+from rft_lightning.evaluation.experiment import describe
+from rft_lightning.evaluation.parts import Parts
+from rft_lightning.evaluation.results import PREDICTIONS, record_table, write_results
+from rft_lightning.evaluation.rows import read_rows, row_of
+from rft_lightning.evaluation.settings import check_settings, settings_of
+from rft_lightning.evaluation.voting import Voting
+from rft_lightning.model_card import configuration
+from rft_lightning.placing import claimed
+from rft_lightning.sample import Prediction, unasked
+
+SPLITS = ("test", "val", "train")
+
+
+def evaluate(
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: Any,
+    *,
+    split: str = "test",
+    ckpt_path: str | None = None,
+    output_dir: str | Path | None = None,
+    voting: Voting | None = None,
+    limit: int | None = None,
+) -> dict[str, Any] | None:
+    """Answer the questions of a split, as far as they have no answer yet, and score all.
+
+    Args:
+        trainer: its metric callbacks score; its other callbacks, but for the progress bar, and its loggers are left
+            out.
+        model: a PolicyModule or a baseline.
+        datamodule: where the questions come from.
+        split: test, val or train.
+        ckpt_path: a checkpoint of `fit` whose policy answers; the policy as it starts when None.
+        output_dir: folder of the evaluation; one beside the checkpoint, or below the Trainer's root, when None.
+        voting: how many answers are drawn, and which of them counts; one when None.
+        limit: ask only the first questions, so many.
+
+    Returns:
+        what ``metrics.json`` holds, on the process of rank zero; None on the others.
+
+    Raises:
+        ConfigConflictError: a setting is out of its range, or the folder holds answers of another evaluation.
+    """
+    if split not in SPLITS:
+        raise ConfigConflictError(f"Expected split to be one of {', '.join(SPLITS)}, found {split!r}.")
+    if limit is not None and limit < 1:
+        raise ConfigConflictError(f"Expected limit >= 1 or none, found {limit}.")
+    folder = Path(output_dir) if output_dir else default_folder(trainer, model, datamodule, split, ckpt_path)
+    evaluation = Evaluation(trainer, model, datamodule, folder)
+    return evaluation.run(split, ckpt_path, voting or Voting(), limit)
+
+
+def default_folder(trainer: Trainer, model: Any, datamodule: Any, split: str, ckpt_path: str | None) -> Path:
+    """Beside the folder of the checkpoint; of a policy as it starts, below the Trainer's root."""
+    if ckpt_path:
+        checkpoint = Path(ckpt_path)
+        return checkpoint.parent.parent / "evaluation" / f"{checkpoint.name.removesuffix('.ckpt')}_{split}"
+    who = str(getattr(model, "checkpoint", None) or type(model).__name__).rstrip("/").rsplit("/", 1)[-1]
+    data = type(datamodule).__name__.removesuffix("DataModule")
+    return Path(trainer.default_root_dir) / "evaluation" / f"{who.replace(':', '_')}_{data}_{split}"
+
+
+class Evaluation(Callback):
+    """The callback that keeps the answers of a prediction run, with what is done before and after it.
+
+    Args:
+        trainer: see :func:`evaluate`, as for the others.
+        model: what answers.
+        datamodule: what asks.
+        folder: of the evaluation.
+    """
+
+    def __init__(self, trainer: Trainer, model: LightningModule, datamodule: Any, folder: Path) -> None:
+        self.trainer, self.model, self.datamodule, self.folder = trainer, model, datamodule, folder
+        self.parts = Parts(folder)
+        self.config = configuration(trainer)
+        self.record: dict[str, Any] | None = None
+        self.callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self.metrics: list[Any] = [callback for callback in self.callbacks if hasattr(callback, "score")]
+
+    def run(self, split: str, ckpt_path: str | None, voting: Voting, limit: int | None) -> dict[str, Any] | None:
+        """Ask what has no answer, put the answers in order, and score them; see :func:`evaluate`."""
+        with ExitStack() as claim:
+            if rank_zero_only.rank == 0 and not claim.enter_context(claimed(self.folder)):  # type: ignore[attr-defined]
+                raise ConfigConflictError(
+                    f"Another process is evaluating in {self.folder}. Wait for its end, or give this one a folder of "
+                    "its own (--output_dir)."
+                )
+            return self._run(split, ckpt_path, voting, limit)
+
+    def _run(self, split: str, ckpt_path: str | None, voting: Voting, limit: int | None) -> dict[str, Any] | None:
+        self.split, self.limit = split, limit
+        self.datamodule.prepare_data()
+        self.ids = self.datamodule.ids(split)[:limit]
+        self.experiment = describe(
+            self.model, self.datamodule, self.config, ckpt_path, split=split, voting=voting, limit=limit
+        )
+        self.settings = settings_of(
+            self.model, self.config, self.ids, ckpt_path, split=split, voting=voting, callbacks=self.metrics
+        )
+        before = self.parts.settings()
+        if before is None and (self.folder / PREDICTIONS).exists():
+            raise ConfigConflictError(
+                f"{self.folder} holds a {PREDICTIONS} that no evaluation wrote. Give this one a folder of its own "
+                "(--output_dir); `rft score` scores that file."
+            )
+        check_settings(before, self.settings, self.folder)
+        answered = self._answered()
+        left = sum(name not in answered for name in self.ids)
+        if not left:
+            self._finish()
+            return self.record
+        if left < len(self.ids) and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            print(f"evaluation: {len(self.ids) - left} of {len(self.ids)} questions are answered; {left} are left")
+        self.datamodule.ask(split, limit=limit, answered=answered)
+        if hasattr(self.model, "voting"):
+            self.model.voting = voting  # type: ignore[assignment]
+        elif voting.answers > 1:
+            raise ConfigConflictError(f"{type(self.model).__name__} gives one answer; leave --answers out.")
+        self._predict(ckpt_path)
+        return self.record
+
+    def _predict(self, ckpt_path: str | None) -> None:
+        """Lightning's prediction run, without the callbacks and loggers of training."""
+        trainer: Any = self.trainer
+        bars = [callback for callback in self.callbacks if isinstance(callback, ProgressBar)]
+        loggers, trainer.loggers = trainer.loggers, []
+        trainer.callbacks = [*self.metrics, *bars, self]
+        try:
+            trainer.predict(self.model, datamodule=self.datamodule, return_predictions=False, ckpt_path=ckpt_path)
+        finally:
+            trainer.callbacks, trainer.loggers = self.callbacks, loggers
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.parts.begin(self.settings)
+        trainer.strategy.barrier()
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: list[Prediction],
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        for callback in self.metrics:
+            callback.add_to_answers(outputs)
+        if outputs:
+            self.parts.append([row_of(prediction) for prediction in outputs], trainer.global_rank)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Rank zero reads the files of all.
+        trainer.strategy.barrier()
+        self._finish()
+        trainer.strategy.barrier()
+
+    def _answered(self) -> set[str]:
+        """The questions that an earlier run answered, whether it came to its end or not."""
+        complete = self.folder / PREDICTIONS
+        if complete.is_file():
+            return {row["id"] for _, row in read_rows(complete)}
+        return {row["id"] for row in self.parts.rows()}
+
+    @rank_zero_only
+    def _finish(self) -> None:
+        """Put the answers in the order of the data, score them, and write all files; the parts are of no use then."""
+        file = self.folder / PREDICTIONS
+        found = [row for _, row in read_rows(file)] if file.is_file() else list(self.parts.rows())
+        by_id: dict[str, dict[str, Any]] = {}
+        for row in found:
+            by_id.setdefault(row["id"], row)
+        rows = [by_id[name] for name in self.ids]
+        images = {str(row["image_id"]) for row in rows}
+        rows += [
+            row_of(unasked(sample))
+            for sample in self.datamodule.unasked(self.split)
+            if str(sample.image_id) in images or self.limit is None
+        ]
+        self.record = write_results(self.folder, rows, self.metrics, self.experiment, self.config)
+        self.parts.remove()
+        print("\n".join([*record_table(self.record), f"evaluation: {self.folder}"]))
+
+
+__all__ = ["SPLITS", "Evaluation", "default_folder", "evaluate"]

@@ -1,0 +1,258 @@
+"""Evaluations found on disk, matched to the rows and columns of a table.
+
+An evaluation is a folder with ``metrics.json``, as `rft evaluate` writes it. By the facts in its ``experiment`` it
+belongs to
+
+1. the recipe whose `match` it has (class of the data, classes), on a split that a column is read from, if it has one of
+   the numbers that the columns of that recipe and split show: a metric, and where there are columns of classes, the
+   value of one of these classes;
+2. the row of its ``method``, its model and its ``shots``. A model is known by its ``policy``, or by the last part of
+   that (a local copy). Shots count where something is trained and the row has shots.
+
+What else differs (how categories are asked for, steps, tuning, votes over several answers, fewer questions than the
+data has) makes lines of their own: :data:`SETTINGS`. What belongs nowhere is named with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
+from rft_lightning.report.table_definition import Column, Recipe, TableDefinition, TableRow, class_names
+
+# Facts that make lines of their own, with what counts as usual where a definition says nothing of them.
+SETTINGS: dict[str, Any] = {
+    "query_mode": None,
+    "presence_map": None,
+    "box_from": None,
+    "steps": None,
+    "tuning": "full",
+    "thought": None,
+    "answers": 1,
+    "choose": None,
+    "temperature": 0.0,
+    "limit": None,
+    "questions": None,
+}
+_NEEDED = ("method", "policy", "data", "split")
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """One evaluation.
+
+    Attributes:
+        folder: where it lies.
+        experiment: its facts.
+        metrics: its numbers, fractions.
+        per_class: numbers per class.
+        samples: how many questions it has.
+        failures: how many answers could not be read.
+    """
+
+    folder: Path
+    experiment: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    per_class: Mapping[str, float]
+    samples: int
+    failures: int
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """The values of :data:`SETTINGS`; how one of several answers is chosen says nothing of a single one."""
+        facts = {name: self.experiment.get(name) for name in SETTINGS}
+        if facts["answers"] in (None, 1):
+            facts |= {"answers": 1, "choose": None}
+        return tuple(facts.values())
+
+    def value(self, column: Column) -> float | None:
+        """Its number of a column in percent; None where it has none (-1 stands for absent)."""
+        if column.metric is not None:
+            numbers = [self.metrics.get(column.metric, -1.0)]
+        else:
+            names = [column.ap_of] if column.ap_of is not None else class_names(column.mean_ap_of or [])
+            numbers = [self.per_class.get(str(name), -1.0) for name in names]
+        present = [number for number in numbers if number >= 0]
+        return 100 * sum(present) / len(present) if present else None
+
+
+@dataclass
+class Line:
+    """The evaluations of one row with the same settings.
+
+    Attributes:
+        settings: values of :data:`SETTINGS`.
+        runs: (recipe, split) -> seed -> evaluation.
+    """
+
+    settings: tuple[Any, ...]
+    runs: dict[tuple[str, str], dict[int | None, FoundRun]] = field(default_factory=dict)
+
+    @property
+    def failure_share(self) -> float | None:
+        """Share of answers that could not be read, of all its evaluations together, in percent."""
+        runs = [run for seeds in self.runs.values() for run in seeds.values()]
+        samples = sum(run.samples for run in runs)
+        return 100 * sum(run.failures for run in runs) / samples if samples else None
+
+    def values(self, table: TableDefinition, name: str) -> dict[int | None, float]:
+        """Seed -> number of a column; a mean of columns has the seeds that all of them have."""
+        column = table.columns[name]
+        if column.is_measured:
+            found = self.runs.get((table.recipe_of(column), column.split), {})
+            numbers = {seed: run.value(column) for seed, run in found.items()}
+        else:
+            parts = {part: self.values(table, part) for part in column.weights}
+            seeds = list(dict.fromkeys(seed for part in parts.values() for seed in part))
+            numbers = {seed: column.mean({part: parts[part].get(seed) for part in parts}) for seed in seeds}
+        return {seed: number for seed, number in numbers.items() if number is not None}
+
+
+@dataclass
+class Matched:
+    """Evaluations by row.
+
+    Attributes:
+        lines: number of the row -> its lines.
+        left: what belongs to no row, with the reason.
+    """
+
+    lines: dict[int, list[Line]]
+    left: list[tuple[Path, str]]
+
+
+def find_runs(folders: Iterable[str | Path]) -> list[FoundRun]:
+    """The evaluations in and below some folders, each once, by name.
+
+    Raises:
+        DatasetNotFoundError: a folder does not exist, or holds none.
+        AnnotationError: a ``metrics.json`` is not of its form.
+    """
+    files: dict[Path, Path] = {}
+    for folder in map(Path, folders):
+        found = sorted(folder.rglob("metrics.json"))
+        if not found:
+            state = "holds no metrics.json" if folder.is_dir() else "is no folder"
+            raise DatasetNotFoundError(f"{folder} {state}. Name a folder that `rft evaluate` wrote, or one above it.")
+        files.update((file.resolve(), file) for file in found)
+    return [read_run(file) for file in files.values()]
+
+
+def read_run(file: Path) -> FoundRun:
+    """An evaluation from its ``metrics.json``.
+
+    Raises:
+        AnnotationError: it is not of its form.
+    """
+    try:
+        block = json.loads(file.read_text(encoding="utf-8"))
+        experiment, failures = block["experiment"], block["parse_failures"]["count"]
+        if missing := [name for name in _NEEDED if name not in experiment]:
+            raise KeyError(f"experiment.{missing[0]}")
+        metrics, per_class = (
+            {str(name): float(value) for name, value in block[part].items()} for part in ("metrics", "per_class")
+        )
+        return FoundRun(file.parent, dict(experiment), metrics, per_class, int(block["samples"]), int(failures))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AnnotationError(
+            f"{file}: expected what `rft evaluate` writes, with experiment, samples, metrics, per_class and "
+            f"parse_failures, but {type(error).__name__}: {error}."
+        ) from error
+
+
+def match_runs(table: TableDefinition, runs: Sequence[FoundRun]) -> Matched:
+    """Sort evaluations into the rows of a table.
+
+    Raises:
+        ConfigConflictError: two of them are the same run.
+    """
+    found: dict[tuple[int, tuple[Any, ...]], Line] = {}
+    left: list[tuple[Path, str]] = []
+    for run in runs:
+        part, row = _part_of(table, run), _row_of(table, run)
+        if isinstance(part, str) or isinstance(row, str):
+            left.append((run.folder, part if isinstance(part, str) else str(row)))
+            continue
+        run = _counted(table.recipes[part[0]], run)
+        line = found.setdefault((row, run.settings), Line(run.settings))
+        seed = run.experiment.get("seed") if table.rows[row].trainings else None
+        same = line.runs.setdefault(part, {}).setdefault(seed, run)
+        if same is not run:
+            of_seed = "" if seed is None else f" with seed {seed}"
+            raise ConfigConflictError(
+                f"{same.folder} and {run.folder} are the same run: {table.rows[row]}{of_seed}, {describe(run)}. Name "
+                "one of them."
+            )
+    lines: dict[int, list[Line]] = {}
+    for (row, _), line in sorted(found.items(), key=lambda entry: (entry[0][0], str(entry[0][1]))):
+        lines.setdefault(row, []).append(line)
+    return Matched(lines, left)
+
+
+def describe(run: FoundRun) -> str:
+    """What an evaluation asked, in short."""
+    words = [str(run.experiment["data"]), f"split {run.experiment['split']}"]
+    words += [f"{name} {value}" for name, value in zip(SETTINGS, run.settings, strict=True) if value is not None]
+    return ", ".join(words)
+
+
+def _part_of(table: TableDefinition, run: FoundRun) -> tuple[str, str] | str:
+    """(recipe, split) of an evaluation, or why it has none."""
+    facts, split = run.experiment, str(run.experiment["split"])
+    for name, recipe in table.recipes.items():
+        if any(facts.get(key) != value for key, value in recipe.match.items()):
+            continue
+        columns = [c for c in table.columns.values() if c.is_measured and table.recipe_of(c) == name]
+        columns = [column for column in columns if column.split == split]
+        if not columns:
+            return f"no column is read from split {split}"
+        of_classes = [column for column in columns if column.metric is None]
+        if not any(run.value(column) is not None for column in of_classes or columns):
+            return f"it has none of the numbers of the columns, but {', '.join([*run.metrics][:4]) or 'none at all'}"
+        return name, split
+    expected = " or ".join(_facts(recipe.match) for recipe in table.recipes.values())
+    return f"its data is {_facts({key: facts.get(key) for key in ('data', 'classes')})}; the table is on {expected}"
+
+
+def _counted(recipe: Recipe, run: FoundRun) -> FoundRun:
+    """An evaluation that says so where it has another number of questions than the data is known to have."""
+    facts = run.experiment
+    asked = (facts["split"], facts.get("query_mode"))
+    same = [e for e in recipe.evaluations.values() if e.presence_map is None and (e.split, e.query_mode) == asked]
+    known = [evaluation.questions for evaluation in same if isinstance(evaluation.questions, int)]
+    if not known or run.samples in known:
+        return run
+    return replace(run, experiment={**facts, "questions": f"{run.samples:,} of {max(known):,}"})
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    return ", ".join(str(value) if key == "data" else f"{key} {value}" for key, value in facts.items())
+
+
+def _row_of(table: TableDefinition, run: FoundRun) -> int | str:
+    """Number of the row of an evaluation, or why it has none."""
+    method, policy, shots = (run.experiment.get(name) for name in ("method", "policy", "shots"))
+    rows = [(number, row) for number, row in enumerate(table.rows) if row.method == method]
+    if not rows:
+        return f"there is no row of method {method}"
+    rows = [(number, row) for number, row in rows if _is_model(table, row, policy)]
+    if not rows:
+        return f"there is no row of method {method} with policy {policy}"
+    for number, row in rows:
+        if not row.trainings or row.shots is None or row.shots == shots:
+            return number
+    return f"there is no row of {rows[0][1].model}, {method} with {shots} shots"
+
+
+def _is_model(table: TableDefinition, row: TableRow, policy: Any) -> bool:
+    if row.model is None:
+        return True
+    expected = table.models[row.model].policy
+    return policy is not None and expected.rstrip("/").rsplit("/", 1)[-1] == str(policy).rstrip("/").rsplit("/", 1)[-1]
+
+
+__all__ = ["SETTINGS", "FoundRun", "Line", "Matched", "describe", "find_runs", "match_runs", "read_run"]

@@ -1,0 +1,141 @@
+"""`rft table`: the runs that fill a published table, what was measured beside what is published, and two figures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+
+from rft_lightning.errors import ConfigConflictError
+from rft_lightning.report.table_cost import PEAK_FLOPS, UTILISATION
+from rft_lightning.report.table_files import load_table
+from rft_lightning.report.table_plan import Choice, Plan, script
+from rft_lightning.report.table_report import csv_text, markdown
+from rft_lightning.report.table_runs import find_runs, match_runs
+
+# Options of each form of the command with what they are when not given; those of another form are refused.
+_PLAN = {
+    "runs": "runs/paper", "models": None, "methods": None, "shots": None, "evaluations": None, "seeds": None,
+    "options": "", "peak_flops": PEAK_FLOPS, "utilisation": UTILISATION,
+}  # fmt: skip
+_REPORT = {"csv": None}
+_FIGURE = {"samples": 4}
+
+
+def run_table(words: Sequence[str]) -> None:
+    """Parse the command line after `table` and do what it says.
+
+    Raises:
+        RFTError: an argument, a definition or an evaluation cannot be used.
+    """
+    given = table_parser().parse_args(list(words))
+    if given.figure is not None:
+        _draw(given)
+        return
+    if not given.words:
+        raise ConfigConflictError(
+            "Name a table: its number (rft table 3 --plan), or a file that defines one. `rft table --help` says more."
+        )
+    table, folders = load_table(given.words[0]), given.words[1:]
+    if given.plan:
+        if folders:
+            raise ConfigConflictError(
+                f"--plan takes no evaluations, found {', '.join(folders)}. Leave out one of both."
+            )
+        _refuse(given, "--plan", {**_REPORT, **_FIGURE})
+        _plan(given, table)
+        return
+    if not folders:
+        raise ConfigConflictError(
+            f"Name folders of evaluations to report on (rft table {given.words[0]} runs), or give --plan."
+        )
+    _refuse(given, "a report", {**_PLAN, **_FIGURE})
+    matched = match_runs(table, find_runs(folders))
+    _write(given.output, markdown(table, matched), shown=True)
+    _write(given.csv, csv_text(table, matched))
+
+
+def table_parser() -> jsonargparse.ArgumentParser:
+    """The arguments of the command. By hand: lists without brackets, and three forms of one command."""
+    parser = jsonargparse.ArgumentParser(
+        prog="rft table",
+        usage="rft table N|FILE --plan [options]\n       rft table N|FILE RUNS... [--output FILE] [--csv FILE]\n"
+        "       rft table --figure 4|5 BEFORE AFTER [--samples N] [--output FILE]",
+        description="The published tables 2 to 8: the runs that fill one as a shell script (--plan), what was measured "
+        "beside what is published (RUNS), and the answers of two evaluations side by side (--figure).",
+    )
+    parser.add_argument(
+        "words", type=str, nargs="*", help="Number or file of a table, and folders in or below which evaluations lie."
+    )
+    parser.add_argument("--plan", action="store_true", help="Print the runs with their cost, as a shell script.")
+    parser.add_argument("--runs", type=str, default=_PLAN["runs"], help="With --plan: folder of all runs.")
+    for name, kind in (("models", str), ("methods", str), ("shots", int), ("evaluations", str), ("seeds", int)):
+        parser.add_argument(f"--{name}", type=kind, nargs="+", help=f"With --plan: only these {name}.")
+    parser.add_argument("--options", type=str, default="", help="With --plan: words to add to every command.")
+    parser.add_argument(
+        "--peak_flops", type=float, default=PEAK_FLOPS, help="With --plan: operations per second of a device."
+    )
+    parser.add_argument(
+        "--utilisation", type=float, default=UTILISATION, help="With --plan: the share of them that is reached."
+    )
+    parser.add_argument(
+        "--output", type=str, help="File to write to: the script, the report in Markdown, or a picture."
+    )
+    parser.add_argument("--csv", type=str, help="File to write the report to as CSV.")
+    parser.add_argument("--figure", type=int, help="Draw answers as in Figure 4 (classification) or 5 (grounding).")
+    parser.add_argument("--samples", type=int, default=_FIGURE["samples"], help="With --figure: how many questions.")
+    return parser
+
+
+def _plan(given: Any, table: Any) -> None:
+    import shlex
+
+    if not given.peak_flops > 0 or not 0 < given.utilisation <= 1:
+        raise ConfigConflictError(
+            f"Expected --peak_flops > 0 and 0 < --utilisation <= 1, found {given.peak_flops} and {given.utilisation}."
+        )
+    choice = Choice(**{name: given[name] for name in ("models", "methods", "shots", "evaluations", "seeds")})
+    plan = Plan(table, Path(given.runs), choice, shlex.split(given.options))
+    _write(given.output, script(plan, peak_flops=given.peak_flops, utilisation=given.utilisation), shown=True)
+
+
+def _draw(given: Any) -> None:
+    from rft_lightning.report.answer_figure import answer_figure
+
+    _refuse(given, "--figure", {**_PLAN, **_REPORT, "plan": False})
+    if len(given.words) != 2:
+        raise ConfigConflictError(
+            f"--figure takes two folders of evaluations, before and after; found {' '.join(given.words) or 'none'}."
+        )
+    picture = answer_figure(given.figure, *given.words, samples=given.samples)
+    file = Path(given.output or f"figure{given.figure}.png")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file, format="PNG")
+    except OSError as error:
+        raise ConfigConflictError(f"{file} cannot be written ({error}). Name another file with --output.") from error
+    print(f"The answers side by side are in {file}")
+
+
+def _refuse(given: Any, form: str, others: dict[str, Any]) -> None:
+    """Options that change nothing are a mistake."""
+    if wrong := [f"--{name}" for name, default in others.items() if given[name] != default]:
+        raise ConfigConflictError(f"{', '.join(wrong)} changes nothing of {form}; leave it out.")
+
+
+def _write(file: str | None, text: str, *, shown: bool = False) -> None:
+    if shown:
+        sys.stdout.write(text)
+    if file is None:
+        return
+    try:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigConflictError(f"{file} cannot be written ({error}). Name another file.") from error
+
+
+__all__ = ["run_table", "table_parser"]

@@ -1,0 +1,43 @@
+"""Evaluation folders made by hand, as `rft evaluate` writes them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+TINY = {"data": "ShapesDataModule", "classes": None, "policy": "asset:tiny-qwen2-vl", "steps": 60}
+COCO = {
+    "data": "COCODetectionDataModule", "classes": "few_shot_8", "policy": "Qwen/Qwen2-VL-2B-Instruct", "steps": 200,
+    "query_mode": "all",
+}  # fmt: skip
+_FACTS = {
+    "method": "RFT", "policy": None, "data": None, "split": "test", "limit": None, "classes": None, "shots": None,
+    "seed": 0,
+    "steps": None, "tuning": "full", "thought": None, "query_mode": None, "presence_map": None, "box_from": None,
+    "answers": 1, "choose": None, "temperature": 0.0,
+}  # fmt: skip
+
+
+def write_evaluation(
+    folder: Path,
+    *,
+    metrics: dict[str, float],
+    per_class: dict[str, float] | None = None,
+    samples: int = 256,
+    failures: int = 0,
+    **facts: Any,
+) -> Path:
+    """A folder with the `metrics.json` of an evaluation."""
+    experiment = {**_FACTS, **facts}
+    if experiment["method"] == "zero-shot":
+        experiment |= {"seed": None, "steps": None, "tuning": None, "shots": None}
+    record = {
+        "version": 1,
+        "experiment": experiment,
+        "samples": samples,
+        "metrics": metrics,
+        "per_class": per_class or {},
+        "parse_failures": {"count": failures, "share": failures / samples, "kinds": {}},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(record))
+    return folder

@@ -1,0 +1,287 @@
+"""Measured numbers beside published ones, from evaluation folders made by hand."""
+
+import csv
+import io
+import json
+import re
+import statistics
+
+import pytest
+
+from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
+from rft_lightning.report.table_files import load_table
+from rft_lightning.report.table_report import csv_text, markdown
+from rft_lightning.report.table_runs import find_runs, match_runs
+from rft_lightning.report.tables import run_table
+from tests.table_files import COCO, TINY, write_evaluation
+
+CLASSES = ("bus", "train", "fire hydrant", "stop sign", "cat", "dog", "bed", "toilet")
+
+
+def eight(value: float) -> dict[str, float]:
+    return {name: value + number / 100 for number, name in enumerate(CLASSES)}
+
+
+def report(word: str, *folders) -> str:
+    table = load_table(word)
+    return markdown(table, match_runs(table, find_runs(folders)))
+
+
+def lines_of(text: str, start: str) -> list[list[str]]:
+    """Cells of the lines of a Markdown table that start like this, and of those below that leave these cells empty."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    head = [cell.strip() for cell in start.split("|")]
+    found, inside = [], False
+    for row in rows:
+        inside = row[: len(head)] == head or (inside and not any(row[:3]))
+        if inside:
+            found.append(row)
+    return found
+
+
+@pytest.fixture
+def coco_runs(tmp_path):
+    """Three seeds of 4-shot RFT, one of zero-shot, and what belongs to no row."""
+    runs = tmp_path / "runs"
+    for seed, value in enumerate((0.40, 0.43, 0.37)):
+        folder = runs / f"rft/seed{seed}/evaluation"
+        facts = {**COCO, "shots": 4, "seed": seed, "samples": 40000}
+        write_evaluation(folder / "all", metrics={"map": value}, per_class=eight(value), failures=4000, **facts)
+        facts |= {"query_mode": "map", "presence_map": "base", "samples": 1700}
+        write_evaluation(folder / "map", metrics={"map": value + 0.1}, per_class=eight(value + 0.1), **facts)
+    write_evaluation(
+        runs / "zero", metrics={"map": 0.196}, per_class=eight(0.1), **{**COCO, "samples": 40000, "method": "zero-shot"}
+    )
+    return runs
+
+
+def test_a_report_as_a_whole(coco_runs):
+    text = report("3", coco_runs)
+    assert [" ".join(line) for line in lines_of(text, "2B | zero-shot")] == [
+        "2B zero-shot  published  19.6 19.0 15.8 25.8 18.4 29.9 23.2 14.6 9.8 ",
+        "   measured, all 1 19.6 10.0 11.0 12.0 13.0 14.0 15.0 16.0 17.0 0.0",
+        "   difference  +0.0 -9.0 -4.8 -13.8 -5.4 -15.9 -8.2 +1.4 +7.2 ",
+    ]
+    rft = lines_of(text, "2B | RFT | 4")
+    assert [line[3:6] for line in rft] == [
+        ["published", "", "40.6"],
+        ["measured, all", "3", "40.0 ± 3.0"],
+        ["difference", "", "-0.6"],
+        ["measured, map (base)", "3", "50.0 ± 3.0"],
+        ["difference", "", "+9.4"],
+    ]
+    assert [line[-1] for line in rft] == ["", "10.0", "", "0.0", ""]
+    assert "The published protocol is map (base)." in text
+    assert "belong to no row" not in text
+
+
+def test_rows_without_runs_are_dashes(coco_runs):
+    assert lines_of(report("3", coco_runs), "7B | RFT | 4")[1] == ["", "", "", "measured", "0", *["-"] * 9, "-"]
+    assert lines_of(report("3", coco_runs), "2B | SFT then RFT | 4") == [
+        ["2B", "SFT then RFT", "4", "measured", "0", *["-"] * 10]
+    ]
+
+
+def test_mean_and_spread_are_those_over_seeds(coco_runs):
+    table = load_table("3")
+    rows = list(csv.DictReader(io.StringIO(csv_text(table, match_runs(table, find_runs([coco_runs]))))))
+    (cell,) = [r for r in rows if (r["method"], r["shots"], r["column"], r["asked"]) == ("RFT", "4", "cat", "all")]
+    values = [44.0, 47.0, 41.0]
+    assert float(cell["mean"]) == pytest.approx(statistics.mean(values), abs=1e-4)
+    assert float(cell["std"]) == pytest.approx(statistics.stdev(values), abs=1e-4)
+    assert (cell["seeds"], cell["published"], cell["difference"]) == ("3", "60.9000", "-16.9000")
+    assert cell["parse_failures"] == "10.0000"
+
+
+def test_csv_and_markdown_have_the_same_numbers(coco_runs):
+    """Every number of a Markdown cell is that of its CSV line, rounded."""
+    table = load_table("3")
+    matched = match_runs(table, find_runs([coco_runs]))
+    cells = [row for row in csv.DictReader(io.StringIO(csv_text(table, matched))) if row["mean"]]
+    text = markdown(table, matched)
+    measured = [line for line in text.splitlines() if "| measured" in line and "| 0 |" not in line]
+    shown = [cell.strip() for line in measured for cell in line.strip("|").split("|")[5:-1]]
+    assert len(shown) == len(cells) == 27
+    for words, cell in zip(shown, cells, strict=True):
+        spread = f" ± {float(cell['std']):.1f}" if cell["std"] else ""
+        assert words == f"{float(cell['mean']):.1f}{spread}"
+
+
+def test_a_mean_of_several_data_sets_takes_the_seeds_that_all_have(tmp_path):
+    sets = {
+        "Flowers102DataModule": (2463, {0: 0.5, 1: 0.6, 2: 0.7}), "Pets37DataModule": (3669, {0: 0.7, 1: 0.8}),
+        "FGVCAircraftDataModule": (3333, {0: 0.3, 1: 0.4}), "Cars196DataModule": (8041, {1: 0.2, 0: 0.1}),
+    }  # fmt: skip
+    for data, (samples, seeds) in sets.items():
+        for seed, value in seeds.items():
+            facts = {**COCO, "query_mode": None, "classes": None, "data": data, "shots": 4, "seed": seed}
+            write_evaluation(tmp_path / data / str(seed), metrics={"accuracy": value}, samples=samples, **facts)
+    (_, line, _) = lines_of(report("2", tmp_path), "2B | RFT | 4")
+    assert line[4:] == ["2 to 3", "45.0 ± 7.1", "60.0 ± 10.0", "75.0 ± 7.1", "35.0 ± 7.1", "15.0 ± 7.1", "0.0"]
+    for seed in ("0", "1"):
+        (tmp_path / "Pets37DataModule" / seed / "metrics.json").unlink()
+    assert lines_of(report("2", tmp_path), "2B | RFT | 4")[1][5:8] == ["-", "60.0 ± 10.0", "-"]
+
+
+def test_splits_and_box_rules_of_the_grounding_table(tmp_path):
+    facts = {
+        **COCO,
+        "data": "LISAGroundingDataModule",
+        "classes": None,
+        "query_mode": None,
+        "steps": 500,
+        "samples": 779,
+    }
+    first = {**facts, "box_from": "first_shape"}
+    write_evaluation(tmp_path / "a", metrics={"box_iou_mean": 0.3, "mask_iou_mean": 0.2}, **first)
+    write_evaluation(tmp_path / "b", metrics={"box_iou_mean": 0.4}, **{**first, "split": "val", "samples": 200})
+    write_evaluation(tmp_path / "c", metrics={"box_iou_mean": 0.5}, **{**facts, "box_from": "union_target"})
+    lines = lines_of(report("6", tmp_path), "2B | RFT")
+    assert [line[3:] for line in lines if line[3].startswith("measured")] == [
+        ["measured", "1", "30.0", "40.0", "20.0", "0.0"],
+        ["measured [differs: box_from union_target, not first_shape]", "1", "50.0", "-", "-", "0.0"],
+    ]
+
+
+def test_open_vocabulary_means_over_classes(tmp_path):
+    names = [f"{colour} {kind}" for colour in ("red", "green", "blue", "yellow")
+             for kind in ("circle", "square", "triangle", "star")]  # fmt: skip
+    per_class = {name: 0.2 for name in names} | {"red circle": 0.6, "green square": 0.4, "blue triangle": -1.0}
+    write_evaluation(tmp_path / "x", metrics={"map": 0.25}, per_class=per_class, **TINY)
+    # Novel are one combination of each kind: 0.6, 0.4, one that is absent, and 0.2.
+    assert lines_of(report("shapes_table7", tmp_path), "tiny | RFT")[0][5:8] == ["40.0", "20.0", "25.0"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "mark"),
+    [
+        ({"steps": 25}, "steps 25, not 60"),
+        ({"answers": 8, "choose": "majority"}, "answers 8, not 1; choose majority"),
+        ({"temperature": 1.0}, "temperature 1.0, not 0.0"),
+        ({"tuning": "lora"}, "tuning lora, not full"),
+        ({"samples": 100}, "questions 100 of 256"),
+    ],
+)
+def test_other_settings_are_marked_on_lines_of_their_own(tmp_path, facts, mark):
+    write_evaluation(tmp_path / "a", metrics={"map": 0.5}, per_class={"circle": 0.5}, **TINY, shots=4)
+    write_evaluation(tmp_path / "b", metrics={"map": 0.25}, per_class={"circle": 0.25}, **{**TINY, "shots": 4, **facts})
+    lines = lines_of(report("shapes_table3", tmp_path), "tiny | RFT | 4")
+    found = {line[3]: line[5] for line in lines}
+    assert found == {"measured": "50.0", f"measured [differs: {mark}]": "25.0"}
+
+
+def test_supervised_runs_differ_from_the_published_ones_in_tuning_and_thought(tmp_path):
+    facts = {**COCO, "method": "SFT", "shots": 4, "samples": 40000}
+    write_evaluation(tmp_path / "a", metrics={"map": 0.5}, per_class=eight(0.5), **facts, thought=True)
+    published = {**facts, "tuning": "lora"}
+    write_evaluation(tmp_path / "b", metrics={"map": 0.5}, per_class=eight(0.5), **published, thought=False)
+    found = [line[3] for line in lines_of(report("3", tmp_path), "2B | SFT | 4") if line[3].startswith("measured")]
+    mark = "[differs: tuning full, not lora; thought True, not False]"
+    assert sorted(found) == ["measured, all", f"measured, all {mark}"]
+
+
+def test_a_copy_of_a_policy_is_known_by_its_last_part(tmp_path):
+    facts = {**COCO, "shots": 4, "samples": 40000, "policy": "/models/Qwen2-VL-7B-Instruct/"}
+    write_evaluation(tmp_path / "a", metrics={"map": 0.5}, per_class=eight(0.5), **facts)
+    assert lines_of(report("3", tmp_path), "7B | RFT | 4")[1][5] == "50.0"
+
+
+def test_flagged_cells_have_notes():
+    text = markdown(load_table("8"), match_runs(load_table("8"), []))
+    assert re.search(r"\| 20\.7 \[3\] \|", text)
+    assert "[3] 2B, RFT, mAP: printed 20.7, but the mean of the printed cells is 20.0." in text
+    assert "92.5 [2]" in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        (
+            {"data": "D", "classes": None},
+            "data is D, classes None; the table is on COCODetectionDataModule, classes few_",
+        ),
+        ({"classes": "base_65"}, "its data is COCODetectionDataModule, classes base_65"),
+        ({"split": "val"}, "no column is read from split val"),
+        ({"method": "GroundingDINO"}, "there is no row of method GroundingDINO"),
+        ({"policy": "Qwen/Qwen3-VL-2B"}, "there is no row of method RFT with policy Qwen/Qwen3-VL-2B"),
+        ({"shots": 3}, "there is no row of 2B, RFT with 3 shots"),
+        ({"metrics": {"presence_accuracy": 0.9}, "per_class": {}}, "none of the numbers of the columns, but presence_"),
+    ],
+)
+def test_what_belongs_to_no_row_is_named_with_the_reason(tmp_path, facts, reason):
+    facts = {**COCO, "shots": 4, "metrics": {"map": 0.5}, "per_class": eight(0.5), **facts}
+    write_evaluation(tmp_path / "x" / "test", **facts)
+    (line,) = [line for line in report("3", tmp_path).splitlines() if line.startswith(f"- {tmp_path / 'x' / 'test'}: ")]
+    assert reason in line
+
+
+def test_a_run_that_is_there_twice_is_an_error(tmp_path):
+    for name in ("a", "b"):
+        write_evaluation(tmp_path / name, metrics={"map": 0.5}, per_class={"star": 0.5}, **TINY, shots=4, seed=1)
+    with pytest.raises(ConfigConflictError, match=r"/a and .*/b are the same run: tiny, RFT, 4 shots with seed 1"):
+        report("shapes_table3", tmp_path)
+    with pytest.raises(ConfigConflictError, match="same run"):
+        report("shapes_table3", tmp_path / "a", tmp_path / "b")
+
+
+def test_a_folder_named_twice_counts_once(tmp_path):
+    folder = write_evaluation(tmp_path / "a", metrics={"map": 0.5}, per_class={"star": 0.5}, **TINY, shots=4)
+    assert report("shapes_table3", tmp_path, folder, folder) == report("shapes_table3", tmp_path)
+
+
+def test_folders_that_hold_nothing_are_errors(tmp_path):
+    with pytest.raises(DatasetNotFoundError, match=r"holds no metrics\.json"):
+        find_runs([tmp_path])
+    with pytest.raises(DatasetNotFoundError, match="is no folder"):
+        find_runs([tmp_path / "missing"])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"experiment": {"method": "RFT"}, "parse_failures": {"count": 0}}'])
+def test_a_broken_metrics_file_is_named(tmp_path, text):
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(AnnotationError, match=r"metrics\.json: expected what `rft evaluate` writes"):
+        find_runs([tmp_path])
+
+
+def test_the_command_prints_and_writes(tmp_path, capsys, coco_runs):
+    files = tmp_path / "out" / "report.md", tmp_path / "out" / "report.csv"
+    run_table(["3", str(coco_runs), "--output", str(files[0]), "--csv", str(files[1])])
+    assert capsys.readouterr().out == files[0].read_text() == report("3", coco_runs)
+    assert files[1].read_text().startswith("table,model,method,shots,column,asked,differs,published,flag,seeds,mean")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Name a table"),
+        (["3"], "Name folders of evaluations"),
+        (["3", "runs", "--plan"], "--plan takes no evaluations"),
+        (["3", ".", "--seeds", "1"], "--seeds changes nothing of a report"),
+        (["3", "--plan", "--csv", "x.csv"], "--csv changes nothing of --plan"),
+        (["3", "--plan", "--utilisation", "0"], "0 < --utilisation <= 1"),
+        (["3", "--plan", "--methods", "DPO"], "--methods: the table has no DPO; it has zero-shot, SFT, RFT, SFT then"),
+        (["--figure", "4", "a"], "takes two folders"),
+        (["--figure", "6", "a", "b"], "Expected --figure 4"),
+        (["--figure", "4", "a", "b", "--samples", "0"], "--samples >= 1"),
+        (["--figure", "4", "a", "b", "--plan"], "--plan changes nothing of --figure"),
+    ],
+)
+def test_errors_of_the_command(words, message):
+    with pytest.raises(ConfigConflictError, match=message):
+        run_table(words)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path, coco_runs):
+    with pytest.raises(ConfigConflictError, match="cannot be written"):
+        run_table(["3", str(coco_runs), "--output", str(tmp_path)])
+
+
+def test_made_folders_are_as_evaluate_writes_them(tmp_path):
+    """The facts that tables read are among those that an evaluation states."""
+    from rft_lightning.evaluation.experiment import describe
+    from rft_lightning.evaluation.voting import Voting
+
+    folder = write_evaluation(tmp_path, metrics={}, **TINY)
+    made = json.loads((folder / "metrics.json").read_text())["experiment"]
+    stated = describe(object(), object(), None, None, split="test", voting=Voting())
+    assert list(made) == list(stated)
