@@ -35,6 +35,8 @@ class MetricCallback(Callback, ABC):
     """
 
     target_type: ClassVar[type]
+    # Of the answers, in names of numbers where several kinds are scored together.
+    kind: ClassVar[str]
     table_title: ClassVar[str] = "value per class"
 
     def __init__(self) -> None:

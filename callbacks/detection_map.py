@@ -44,6 +44,7 @@ class DetectionMAP(MetricCallback):
     """
 
     target_type = DetectionTarget
+    kind = "detection"
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ class GroundingIoU(MetricCallback):
     """
 
     target_type = GroundingTarget
+    kind = "grounding"
 
     def __init__(self, strict: bool = False) -> None:
         super().__init__()

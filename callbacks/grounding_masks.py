@@ -29,6 +29,7 @@ class GroundingMaskIoU(MetricCallback):
     """
 
     target_type = GroundingTarget
+    kind = "grounding masks"
 
     def __init__(
         self,

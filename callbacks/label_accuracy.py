@@ -21,6 +21,7 @@ class LabelAccuracy(MetricCallback):
     """
 
     target_type = ClassTarget
+    kind = "classification"
     table_title = "accuracy"
 
     def __init__(self) -> None:

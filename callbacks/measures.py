@@ -9,6 +9,7 @@ from rft_lightning.callbacks.detection_map import DetectionMAP
 from rft_lightning.callbacks.grounding_iou import GroundingIoU
 from rft_lightning.callbacks.grounding_masks import GroundingMaskIoU
 from rft_lightning.callbacks.label_accuracy import LabelAccuracy
+from rft_lightning.callbacks.presence import PresenceAccuracy
 
 
 def metric_callbacks(
@@ -26,6 +27,7 @@ def metric_callbacks(
         GroundingIoU(),
         GroundingMaskIoU(segmenter=None, protocol=mask_protocol),
         LabelAccuracy(),
+        PresenceAccuracy(),
     ]
 
 

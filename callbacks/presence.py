@@ -23,6 +23,7 @@ class PresenceAccuracy(MetricCallback):
     """
 
     target_type = PresenceTarget
+    kind = "presence"
     table_title = "F1 of presence"
 
     def __init__(self) -> None:

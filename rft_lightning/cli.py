@@ -61,8 +61,8 @@ class RFTCLI(LightningCLI):
         parser.add_argument(
             "--run_dir",
             type=str | None,
-            help="Folder of the run: trainer.default_root_dir and the save_dir of all loggers, below which logs, "
-            "checkpoints and the tuned policy lie.",
+            help="Folder of the run, in place of trainer.default_root_dir, the save_dir of all loggers and the "
+            "output_dir of callbacks: logs, checkpoints and the tuned policy lie below it.",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -88,6 +88,12 @@ class RFTCLI(LightningCLI):
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             if hasattr(logger, "init_args") and "save_dir" in logger.init_args:
                 logger.init_args.save_dir = folder
+        # The policy lies beside the logs then, where HFExport puts it unless it is told otherwise.
+        places = {"HFExport": None, "BeforeAfter": folder, "PredictionWriter": None}
+        for callback in trainer.callbacks or ():
+            name = callback.class_path.rsplit(".", 1)[-1]
+            if name in places and "init_args" in callback and callback.init_args.get("output_dir") is not None:
+                callback.init_args.output_dir = places[name]
 
     def instantiate_classes(self) -> None:
         """Lightning's, with the named errors of constructors."""

@@ -468,7 +468,7 @@ class Prediction:
 
 def unasked(sample: Sample) -> Prediction:
     """What counts as the answer to a question that was not asked: nothing."""
-    return Prediction(sample, "", Answer(no_objects=True, parsed=True), unasked=True)
+    return Prediction(sample, "", Answer(no_objects=True, parsed=False), unasked=True)
 
 
 def _spans(counts: Sequence[int], prompts: Sequence[int], device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -252,16 +253,23 @@ def test_rows_of_other_systems_need_little(tmp_path: Path, capsys) -> None:
         {"id": "c", "task": "grounding", "target": {"boxes": [[0, 0, 10, 10]]}, "boxes": [[0, 0, 10, 5]]},
         {"id": "d", "task": "detection", "image_id": 7, "target": {"category_id": 3, "boxes": [[0, 0, 9, 9]]},
          "boxes": [[0, 0, 9, 9]], "confidences": [0.4]},
-        {"id": "e", "task": "detection", "image_id": 8, "target": {"category_id": 3, "boxes": [[0, 0, 9, 9]]}},
-        {"id": "f", "task": "presence", "target": {"category_id": 3, "present": True}, "label": "yes"},
+        {"id": "e", "task": "detection", "image_id": 8, "target": {"category_id": 3, "boxes": [[0, 0, 9, 9]]},
+         "parsed": False},
+        {"id": "f", "task": "presence", "target": {"category_id": 4, "present": True, "category": "cat"},
+         "label": "yes"},
     ]  # fmt: skip
     file = tmp_path / "theirs.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     main(["score", str(file), "--output", str(tmp_path / "numbers.json")])
     found = json.loads((tmp_path / "numbers.json").read_text())["metrics"]
     assert found["accuracy"] == 0.5
-    assert found["box_iou_mean"] in (0.5, pytest.approx(0.5))  # of grounding; of detection it is the same
+    assert found["grounding/box_iou_mean"] == found["detection/box_iou_mean"] == 0.5
     assert found["map"] == pytest.approx(51 / 101)  # half of the objects, of 101 recall points
+    assert found["presence_accuracy"] == 1
+    assert found["parse_rate"] == pytest.approx(5 / 6)
+    per_class = json.loads((tmp_path / "numbers.json").read_text())["per_class"]
+    assert per_class["classification/rose"] == 1
+    assert "presence/cat" in per_class
 
 
 @pytest.mark.parametrize(
@@ -271,15 +279,43 @@ def test_rows_of_other_systems_need_little(tmp_path: Path, capsys) -> None:
         ("[1]", "line 2: expected one JSON object per line, but it is a list"),
         ('{"id": "x", "target": null}', "line 2: 'task' is missing"),
         ('{"id": "x", "task": "captions"}', "task is 'captions', expected one of"),
-        ('{"id": "x", "task": "detection", "target": {"boxes": []}}', "'category_id' is missing"),
-        ('{"id": "x", "task": "grounding", "target": {"boxes": [[1, 2]]}}', "Expected boxes of shape"),
-        ('{"id": "a", "task": "classification", "target": {"label": "b"}}', "in line 1 too"),
+        ('{"id": "x", "task": "detection", "target": {"boxes": []}, "boxes": []}', "'category_id' is missing"),
+        ('{"id": "x", "task": "detection", "target": {"boxes": [], "category_id": 1}, "bbox": []}', "no answer"),
+        ('{"id": "x", "task": "classification", "target": {"label": "b"}, "boxes": []}', "expected label"),
+        (
+            '{"id": "x", "task": "classification", "target": {"label": "b"}, "label": 3}',
+            "label is 3, expected a string",
+        ),
+        ('{"id": "x", "task": "presence", "target": {"present": "no", "category_id": 1}, "label": "no"}', "true or"),
+        ('{"id": "x", "task": "presence", "target": "cat", "label": "no"}', "target is 'cat', expected an object"),
+        ('{"id": "x", "task": ["detection"]}', "expected one of"),
+        ('{"id": "x", "task": "classification", "label": "b", "parsed": "no"}', "parsed is 'no', expected true"),
+        ('{"id": "x", "task": "classification", "label": "b", "image_size": 7}', "expected [width, height]"),
+        ('{"id": "x", "task": "grounding", "boxes": [[1, 2, 3, 4]], "confidences": [NaN]}', "numbers from 0 to 1"),
+        ('{"id": "x", "task": "grounding", "boxes": [[1, 2, 3, 4]], "confidences": 0.5}', "numbers from 0 to 1"),
+        ('{"id": "x", "task": "grounding", "boxes": [[1, 2, 3, "4"]]}', "not of four finite numbers"),
+        ('{"id": "x", "task": "grounding", "mask": {"size": [2, 2], "counts": [1, 2]}}', "cover 3 pixels"),
+        ('{"id": "x", "task": "grounding", "target": {"boxes": [[1, 2]]}, "boxes": []}', "Expected boxes of shape"),
+        ('{"id": "a", "task": "classification", "target": {"label": "b"}, "label": "b"}', "in line 1 too"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, line: str, named: str) -> None:
     file = tmp_path / "theirs.jsonl"
-    file.write_text('{"id": "a", "task": "classification", "target": {"label": "b"}}\n' + line + "\n")
-    with pytest.raises(AnnotationError, match=named.replace("[", r"\[")):
+    first = '{"id": "a", "task": "classification", "target": {"label": "b"}, "label": "b"}'
+    file.write_text(first + "\n" + line + "\n")
+    with pytest.raises(AnnotationError, match=re.escape(named)):
+        main(["score", str(file)])
+
+
+def test_a_category_has_one_name(tmp_path: Path) -> None:
+    target = {"category_id": 3, "boxes": [[0, 0, 9, 9]]}
+    rows = [
+        {"id": name, "task": "detection", "image_id": name, "target": {**target, "category": name}, "boxes": []}
+        for name in ("cat", "dog")
+    ]
+    file = tmp_path / "theirs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(AnnotationError, match="category 3 is called 'dog', and 'cat' before"):
         main(["score", str(file)])
 
 
@@ -301,6 +337,7 @@ def test_what_was_cut_off_is_removed(tmp_path_factory, sizes: list[int], cut: in
     rows = [[{"id": f"{b}-{i}", "text": "x" * (7 * i)} for i in range(size)] for b, size in enumerate(sizes)]
     for batch in rows:
         parts.append(batch, 0)
+    parts.close()
     file = parts.folder / "part-00000.jsonl"
     kept = file.read_bytes()[:cut] if sizes else b""
     if sizes:
@@ -308,7 +345,37 @@ def test_what_was_cut_off_is_removed(tmp_path_factory, sizes: list[int], cut: in
     expected = [row for batch in rows for row in batch][: kept.count(b"\n")]
     assert list(parts.rows()) == expected
     parts.append([{"id": "new"}], 0)
+    parts.close()
     assert list(parts.rows()) == [*expected, {"id": "new"}]
+
+
+def test_parts_that_are_still_written_are_not_read(tmp_path: Path) -> None:
+    """A process outlives its killed companion by seconds, and goes on writing."""
+    orphan, rerun = Parts(tmp_path), Parts(tmp_path)
+    orphan.begin({})
+    orphan.append([{"id": "a"}], 1)
+    with pytest.raises(ConfigConflictError, match="still writes"):
+        list(rerun.rows())
+    orphan.close()
+    assert list(rerun.rows()) == [{"id": "a"}]
+
+
+def test_a_full_disk_is_told_and_the_rest_is_kept(complete: Path, tmp_path: Path, monkeypatch) -> None:
+    append, calls = Parts.append, []
+
+    def full(self, rows, rank):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        append(self, rows, rank)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "append", full)
+        with pytest.raises(OSError, match="No space left") as caught:
+            main(words(output=tmp_path))
+    assert "the same command goes on" in caught.value.__notes__[-1]
+    main(words(output=tmp_path))
+    assert contents(tmp_path) == contents(complete)
 
 
 # The experiment that tables look for
@@ -329,7 +396,8 @@ def test_the_record_tells_what_trained_the_policy(tmp_path: Path, monkeypatch) -
     main(["evaluate", *config, *sft, *ask, "--ckpt_path", str(checkpoint)])
     record = json.loads(Path("first/csv/version_0/evaluation/last_test/metrics.json").read_text())["experiment"]
     asset = "asset:tiny-qwen2-vl"
-    known = {"method": "SFT", "policy": asset, "shots": 1, "seed": 5, "steps": 1, "tuning": "full", "thought": True}
+    known = {"method": "SFT", "policy": asset, "shots": 1, "seed": 5, "steps": 1, "tuning": "full", "thought": True,
+             "task": "grounding", "rules": None, "group_size": None, "prompts_per_step": 2}  # fmt: skip
     assert {name: record[name] for name in known} == known
     main(["export", str(checkpoint), "--output_dir", "policy"])
     start = ["--model.policy", "policy"]
@@ -337,9 +405,11 @@ def test_the_record_tells_what_trained_the_policy(tmp_path: Path, monkeypatch) -
     checkpoint = Path("second/csv/version_0/checkpoints/last.ckpt")
     main(["evaluate", *config, *ask, *start, "--ckpt_path", str(checkpoint), "--output_dir", "out"])
     record = json.loads(Path("out/metrics.json").read_text())["experiment"]
-    known |= {"method": "SFT then RFT", "seed": 6, "thought": None}
+    known |= {"method": "SFT then RFT", "seed": 6, "thought": None, "rules": "strict", "group_size": 8}
     assert {name: record[name] for name in known} == known
     main(["evaluate", *config, *ask, *start, "--run_dir", "third"])
+    # All that the runs wrote lies in their folders.
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "second", "third", "policy", "out"}
     record = json.loads(Path("third/evaluation/policy_Shapes_test/metrics.json").read_text())["experiment"]
     assert record["method"] == "SFT"
     assert record["policy"] == asset

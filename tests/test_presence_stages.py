@@ -64,6 +64,12 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
+def score(folder: Path) -> dict:
+    """What `rft score` says of the predictions of an evaluation."""
+    main(["score", str(folder / "predictions.jsonl"), "--output", str(folder.parent / "scored.json")])
+    return json.loads((folder.parent / "scored.json").read_text())
+
+
 def test_presence_then_boxes(evaluate):
     first = evaluate("first", says, "-c", str(CONFIGS / "protocol/presence.yaml"))
     cats = {image for _, image, name, _, crowd in ANNOTATIONS if name == "cat" and not crowd}
@@ -75,6 +81,8 @@ def test_presence_then_boxes(evaluate):
     assert metrics["presence_precision"] == pytest.approx((5 + 2) / (5 + 7))
     assert metrics["parse_rate"] == pytest.approx(2 / 3)
     assert len(rows(first)) == len(SIZES) * len(CLASSES)
+    assert json.loads((first / "metrics.json").read_text())["experiment"]["task"] == "presence"
+    assert score(first)["metrics"] == metrics
 
     for name in ("presence_map.json", "predictions.jsonl"):
         words = ("--data.query_mode", "map", "--data.presence_map", str(first / name))
@@ -90,6 +98,8 @@ def test_presence_then_boxes(evaluate):
         assert result["per_class"]["dog"] == 0
         assert result["per_class"]["person"] > 0.8
         assert result["metrics"]["map"] == pytest.approx(sum(result["per_class"].values()) / 3)
+        assert score(second)["metrics"] == result["metrics"]
+        assert [json.loads(line)["asked"] for line in (second / "failures.jsonl").read_text().splitlines()] == []
 
 
 def test_a_policy_that_decides_nothing_makes_an_empty_map(evaluate):

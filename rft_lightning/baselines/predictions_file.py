@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from rft_lightning.baselines.base import BaselineModule, SampleBatch
 from rft_lightning.errors import AnnotationError, ConfigConflictError
-from rft_lightning.evaluation.rows import asked_of, decode_mask, read_rows
+from rft_lightning.evaluation.rows import asked_of, check_boxes, check_confidences, decode_mask, read_rows
 from rft_lightning.sample import Answer, Sample, as_boxes
 from rft_lightning.segmenter import box_of_mask
 
@@ -175,43 +174,21 @@ def _answer_of(row: Mapping[str, Any]) -> Answer:
     if boxes is None and mask is not None:
         boxes = box_of_mask(mask)
     elif boxes is not None:
-        _check_boxes(boxes)
+        check_boxes(boxes)
     count = 0 if boxes is None else len(boxes)
     return Answer(
         text=row.get("text") or "",
         label=row.get("label"),
         boxes=as_boxes(boxes),
-        confidences=torch.tensor(_confidences(row.get("confidences"), count), dtype=torch.float64),
+        confidences=torch.tensor(check_confidences(row.get("confidences"), count), dtype=torch.float64),
         mask=mask,
     )
-
-
-def _check_boxes(boxes: Any) -> None:
-    if not isinstance(boxes, list):
-        raise ValueError(f"boxes is {boxes!r}, expected a list of [x1, y1, x2, y2]")
-    for box in boxes:
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-            raise ValueError(f"the box {box!r} is not of four finite numbers [x1, y1, x2, y2]")
-
-
-def _confidences(found: Any, count: int) -> list[float]:
-    if found is None:
-        return []
-    if not isinstance(found, list) or not all(_is_number(value) and 0 <= value <= 1 for value in found):
-        raise ValueError(f"confidences is {found!r}, expected a list of numbers from 0 to 1")
-    if len(found) != count:
-        raise ValueError(f"found {len(found)} confidences for {count} boxes, expected as many")
-    return found
 
 
 def _mask(found: Any) -> np.ndarray:
     if not isinstance(found, dict) or set(found) != {"size", "counts"}:
         raise ValueError(f'mask is {str(found)[:80]}, expected {{"size": [height, width], "counts": ...}}')
     return decode_mask(found)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 __all__ = ["PredictionsFile", "read_answers"]

@@ -33,8 +33,11 @@ def describe(
     - ``method``: zero-shot, SFT, RFT, ``SFT then RFT`` and so on, by what trained the policy one after the other; of
       another system its name.
     - ``policy``: the checkpoint that all training started from; None without one.
-    - ``shots seed steps tuning thought``: of the last training; None without one. `tuning` is full, lora or qlora;
-      `thought` whether supervised answers had one.
+    - ``shots seed steps tuning thought rules group_size prompts_per_step``: of the last training; None without one.
+      `steps` is what the checkpoint has; `tuning` full, lora or qlora; `thought` whether supervised answers had one;
+      `rules` and `group_size` of reinforcement; `prompts_per_step` over all devices, None where their number is left
+      to the machine.
+    - ``task``: name of what was asked; of several, joined by "and".
     - ``data split limit classes query_mode presence_map box_from``: what was asked; `presence_map` is base or tuned
       where an evaluation of such a policy wrote the map, else the file's name.
     - ``answers choose temperature``: how each question was answered; `choose` of several.
@@ -60,14 +63,18 @@ def describe(
         "method": _method(runs) if trained else getattr(model, "name", None) or type(model).__name__,
         "policy": _origin(runs, start) if trained else start,
         "data": type(datamodule).__name__,
+        "task": " and ".join(sorted({task.name for task in _tasks(datamodule)})) or None,
         "split": split,
         "limit": limit,
         "classes": asked.get("classes"),
         "shots": data.get("shots"),
         "seed": last.get("seed_everything"),
-        "steps": (last.get("trainer") or {}).get("max_steps"),
+        "steps": last.get("steps") or (last.get("trainer") or {}).get("max_steps"),
         "tuning": _tuning(settings) if runs else None,
         "thought": settings.get("with_thought"),
+        "rules": _rules(data) if settings.get("group_size") else None,
+        "group_size": settings.get("group_size"),
+        "prompts_per_step": _prompts_per_step(last, data, settings),
         "query_mode": asked.get("query_mode"),
         "presence_map": None if not map_file else map_origin(Path(str(map_file))),
         "box_from": asked.get("box_from"),
@@ -91,7 +98,7 @@ def history(policy: str, ckpt_path: str | None) -> list[dict[str, Any]]:
         record = read_record(ckpt_path)
         text = (record.get("run") or {}).get("config")
         run = yaml.safe_load(text) if text else {"model": {"class_path": (record.get("run") or {}).get("method")}}
-        return [*history(str(record["policy"]), None), run]
+        return [*history(str(record["policy"]), None), {**run, "steps": (record.get("run") or {}).get("steps")}]
     file = Path(policy) / CONFIG
     if not file.is_file():
         return []
@@ -123,6 +130,30 @@ def _tuning(settings: Mapping[str, Any]) -> str:
     if not settings.get("lora"):
         return "full"
     return "qlora" if settings.get("quantize") else "lora"
+
+
+def _tasks(datamodule: Any) -> list[Any]:
+    """The tasks of a datamodule, or of the members of a mixture."""
+    found: list[Any] = []
+    for part in datamodule.parts().values():
+        tasks = getattr(part, "tasks", None) or getattr(part, "task", None) or []
+        found += tasks if isinstance(tasks, list) else [tasks]
+    return found
+
+
+def _rules(data: Mapping[str, Any]) -> str | None:
+    task = data.get("task")
+    tasks = task if isinstance(task, list) else [task or {}]
+    found = {str(rules) for one in tasks if (rules := (one.get("init_args") or {}).get("rules")) is not None}
+    return " and ".join(sorted(found)) or None
+
+
+def _prompts_per_step(run: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
+    trainer = run.get("trainer") or {}
+    devices, prompts = trainer.get("devices"), settings.get("mini_batch_prompts") or data.get("batch_size")
+    if not isinstance(devices, int) or devices < 1 or prompts is None:
+        return None
+    return int(devices * (trainer.get("num_nodes") or 1) * prompts)
 
 
 def _arguments(config: Mapping[str, Any], block: str) -> dict[str, Any]:

@@ -6,13 +6,17 @@ sample is found again by its id, whatever number of processes wrote the files.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
+from rft_lightning.errors import ConfigConflictError
 from rft_lightning.evaluation.rows import line_of, read_rows
 
 PARTS, SETTINGS = "parts", ".settings.json"
@@ -27,6 +31,7 @@ class Parts:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._settings = folder / PARTS, folder / SETTINGS
+        self._own: TextIO | None = None
 
     def settings(self) -> dict[str, Any] | None:
         """What the answers in the folder depend on; None where none were begun."""
@@ -40,18 +45,40 @@ class Parts:
         os.replace(partial, self._settings)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of all files; no other process may be writing. What was cut off is removed."""
+        """The rows of all files. What was cut off is removed.
+
+        Raises:
+            ConfigConflictError: a process still writes one of them: that of a run of which another process was killed.
+        """
         for file in sorted(self.folder.glob("part-*.jsonl")):
-            _remove_cut_line(file)
+            with file.open("rb+") as opened:
+                try:
+                    fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                        raise ConfigConflictError(
+                            f"A process of an earlier run still writes {file}. It ends by itself once it finds the "
+                            "others gone: try again in a minute, or end it."
+                        ) from error
+                _remove_cut_line(opened)
             for _, row in read_rows(file):
                 yield row
 
     def append(self, rows: Iterable[Mapping[str, Any]], rank: int) -> None:
         """Add the answers of a batch to the file of a process; they are on the disk when this returns."""
-        with self._file(rank).open("a", encoding="utf-8", errors="surrogateescape") as file:
-            file.write("".join(map(line_of, rows)))
-            file.flush()
-            os.fsync(file.fileno())
+        if self._own is None:
+            self._own = self._file(rank).open("a", encoding="utf-8", errors="surrogateescape")
+            with suppress(OSError):  # not every file system has locks
+                fcntl.flock(self._own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._own.write("".join(map(line_of, rows)))
+        self._own.flush()
+        os.fsync(self._own.fileno())
+
+    def close(self) -> None:
+        """Write no more; others may read then."""
+        if self._own is not None:
+            self._own.close()
+            self._own = None
 
     def remove(self) -> None:
         """Remove the files, once the answers are elsewhere; what they depend on is still said."""
@@ -61,21 +88,20 @@ class Parts:
         return self.folder / f"part-{rank:05d}.jsonl"
 
 
-def _remove_cut_line(file: Path) -> None:
+def _remove_cut_line(file: BinaryIO) -> None:
     """Cut the file after its last whole line."""
-    with file.open("rb+") as opened:
-        size = opened.seek(0, os.SEEK_END)
-        end = size
-        while end > 0:
-            start = max(0, end - 65536)
-            opened.seek(start)
-            newline = opened.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            opened.truncate(end)
+    size = file.seek(0, os.SEEK_END)
+    end = size
+    while end > 0:
+        start = max(0, end - 65536)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        file.truncate(end)
 
 
 __all__ = ["PARTS", "Parts"]

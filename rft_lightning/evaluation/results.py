@@ -51,7 +51,7 @@ def write_results(
         what ``metrics.json`` holds.
     """
     predictions = [prediction_of(row) for row in rows]
-    failures = [row for row in rows if not row["parsed"]]
+    failures = [row for row in rows if not row["parsed"] and not row.get("unasked")]
     callbacks = list(metrics)
     record = {"version": VERSION, "experiment": dict(experiment), **scores_of(predictions, callbacks)}
     detections = [p for p in predictions if isinstance(p.target, DetectionTarget)]
@@ -71,24 +71,40 @@ def write_results(
 
 def scores_of(predictions: Sequence[Prediction], callbacks: Iterable[Any]) -> dict[str, Any]:
     """Numbers of predictions by metric callbacks, and what could not be read."""
-    values: dict[str, float] = {}
-    per_class: dict[str, float] = {}
-    for callback in callbacks:
-        results, classes = callback.score(predictions)
-        values.update(results)
-        per_class.update(classes)
     asked = [prediction for prediction in predictions if not prediction.unasked]
     failed = [prediction for prediction in asked if not prediction.answer.parsed]
+    found = {callback.kind: callback.score(predictions) for callback in callbacks}
+    metrics = _joined({kind: results for kind, (results, _) in found.items()})
+    if asked:
+        # Of all questions: a callback knows those of its own kind alone.
+        metrics = {name: value for name, value in metrics.items() if not name.endswith("parse_rate")}
+        metrics["parse_rate"] = 1 - len(failed) / len(asked)
     kinds = Counter(kind for prediction in failed for kind in sorted(kinds_of(prediction)))
     return {
         "samples": len(asked),
-        "metrics": values,
-        "per_class": per_class,
+        "metrics": metrics,
+        "per_class": _joined({kind: classes for kind, (_, classes) in found.items()}, whole=True),
         "parse_failures": {
             "count": len(failed),
             "share": len(failed) / max(len(asked), 1),
             "kinds": dict(sorted(kinds.items())),
         },
+    }
+
+
+def _joined(parts: Mapping[str, Mapping[str, float]], *, whole: bool = False) -> dict[str, float]:
+    """The values of several kinds of answers; a name that two of them have stands with its kind before it.
+
+    Args:
+        parts: kind -> name -> value.
+        whole: where more than one kind has values, all names stand with their kinds.
+    """
+    counts = Counter(name for values in parts.values() for name in values)
+    mixed = whole and sum(bool(values) for values in parts.values()) > 1
+    return {
+        f"{kind}/{name}" if mixed or counts[name] > 1 else name: value
+        for kind, values in parts.items()
+        for name, value in values.items()
     }
 
 

@@ -22,6 +22,7 @@ they are known ``confidences``, ``mask`` and ``image_id``.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,13 @@ from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask
 
 # Task by its name in a row, for rows that are read: with the paper's rewards, which scoring does not use.
 _TASKS = {task.name: task for task in (ClassificationTask, DetectionTask, GroundingTask, PresenceTask)}
+# Keys of a row, what they hold, and how that is called.
+_KINDS: tuple[tuple[tuple[str, ...], type, str], ...] = (
+    (("text", "label", "thought", "question", "asked"), str, "a string"),
+    (("parsed", "well_formed", "no_objects", "unasked", "truncated", "labelled"), bool, "true or false"),
+    (("target", "mask"), dict, "an object"),
+    (("problems", "problem_kinds", "texts"), list, "a list"),
+)
 _PLAIN = ("text", "label", "thought", "well_formed", "no_objects", "answer_blocks", "parsed", "num_tokens", "truncated")
 
 
@@ -94,8 +102,9 @@ def prediction_of(row: Mapping[str, Any]) -> Prediction:
             :func:`read_predictions` says where.
     """
     name = row["task"]
-    if name not in _TASKS:
+    if not isinstance(name, str) or name not in _TASKS:
         raise ValueError(f"task is {name!r}, expected one of {', '.join(_TASKS)}")
+    _check(row, name)
     target = row.get("target")
     sample = Sample(
         id=str(row["id"]),
@@ -116,6 +125,47 @@ def prediction_of(row: Mapping[str, Any]) -> Prediction:
     )
     texts, unasked = tuple(row.get("texts") or ()), bool(row.get("unasked", False))
     return Prediction(sample, answer.text, answer, texts=texts, unasked=unasked)
+
+
+def check_boxes(boxes: Any) -> None:
+    """Raise a ValueError unless it is a list of boxes as JSON has them."""
+    if not isinstance(boxes, list):
+        raise ValueError(f"boxes is {boxes!r}, expected a list of [x1, y1, x2, y2]")
+    for box in boxes:
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+            raise ValueError(f"the box {box!r} is not of four finite numbers [x1, y1, x2, y2]")
+
+
+def check_confidences(found: Any, count: int) -> list[float]:
+    """The confidences of so many boxes; raises a ValueError unless they are numbers from 0 to 1."""
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(_is_number(value) and 0 <= value <= 1 for value in found):
+        raise ValueError(f"confidences is {found!r}, expected a list of numbers from 0 to 1")
+    if len(found) != count:
+        raise ValueError(f"found {len(found)} confidences for {count} boxes, expected as many")
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check(row: Mapping[str, Any], name: str) -> None:
+    """Raise a ValueError or KeyError where a row is not of the form that the description of the module has."""
+    for keys, kind, words in _KINDS:
+        for key in keys:
+            if row.get(key) is not None and not isinstance(row[key], kind):
+                raise ValueError(f"{key} is {row[key]!r}, expected {words}")
+    size = row.get("image_size")
+    if size is not None and not (isinstance(size, list) and len(size) == 2 and all(map(_is_number, size))):
+        raise ValueError(f"image_size is {size!r}, expected [width, height]")
+    if row.get("boxes") is not None:
+        check_boxes(row["boxes"])
+    check_confidences(row.get("confidences"), len(row.get("boxes") or ()))
+    needed = ("label",) if name in ("classification", "presence") else ("boxes", "mask")
+    if row.get("parsed") is not False and not row.get("unasked") and all(row.get(key) is None for key in needed):
+        raise ValueError(f"there is no answer: expected {' or '.join(needed)}, or parsed false where it was unreadable")
 
 
 def _problems(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -152,12 +202,13 @@ def read_predictions(file: str | Path) -> list[Prediction]:
     """
     predictions: list[Prediction] = []
     seen: dict[str, int] = {}
+    categories: dict[int, str] = {}
     for number, row in read_rows(file):
         where = f"{file}, line {number}"
         try:
             prediction = prediction_of(row)
         except (KeyError, TypeError, ValueError) as error:
-            problem = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            problem = f"{error} is missing" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise AnnotationError(
                 f"{where}: {problem}. Expected a row as `rft evaluate` writes it, with at least id, task, target and "
                 "label or boxes; all keys are in the description of rft_lightning.evaluation.rows."
@@ -167,6 +218,14 @@ def read_predictions(file: str | Path) -> list[Prediction]:
                 f"{where}: the sample {prediction.sample.id!r} is in line {seen[prediction.sample.id]} too; expected "
                 "one answer per sample."
             )
+        target = prediction.target
+        if isinstance(target, DetectionTarget | PresenceTarget):
+            first = categories.setdefault(target.category_id, target.category)
+            if first != target.category:
+                raise AnnotationError(
+                    f"{where}: category {target.category_id} is called {target.category!r}, and {first!r} before; "
+                    "expected one name for each category_id."
+                )
         seen[prediction.sample.id] = number
         predictions.append(prediction)
     if not predictions:
@@ -254,6 +313,7 @@ def _class_target(row: Mapping[str, Any], size: tuple[int, int] | None) -> Class
 
 
 def _detection_target(row: Mapping[str, Any], size: tuple[int, int] | None) -> DetectionTarget:
+    check_boxes(row["boxes"])
     return DetectionTarget(
         row["boxes"],
         category=str(row.get("category") or ""),
@@ -276,7 +336,9 @@ def _grounding_target(row: Mapping[str, Any], size: tuple[int, int] | None) -> G
 
 
 def _presence_target(row: Mapping[str, Any], size: tuple[int, int] | None) -> PresenceTarget:
-    return PresenceTarget(bool(row["present"]), str(row.get("category") or ""), int(row["category_id"]), size)
+    if not isinstance(row["present"], bool):
+        raise ValueError(f"present is {row['present']!r}, expected true or false")
+    return PresenceTarget(row["present"], str(row.get("category") or ""), int(row["category_id"]), size)
 
 
 _TARGETS: dict[str, Any] = {
@@ -294,6 +356,8 @@ def _size(row: Mapping[str, Any]) -> tuple[int, int] | None:
 
 __all__ = [
     "asked_of",
+    "check_boxes",
+    "check_confidences",
     "decode_mask",
     "encode_mask",
     "line_of",

@@ -22,10 +22,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from rft_lightning.errors import ConfigConflictError
+from rft_lightning.errors import AnnotationError, ConfigConflictError
 from rft_lightning.evaluation.experiment import describe
 from rft_lightning.evaluation.parts import Parts
-from rft_lightning.evaluation.results import PREDICTIONS, record_table, write_results
+from rft_lightning.evaluation.results import CONFIG, PREDICTIONS, record_table, write_results
 from rft_lightning.evaluation.rows import read_rows, row_of
 from rft_lightning.evaluation.settings import check_settings, settings_of
 from rft_lightning.evaluation.voting import Voting
@@ -111,7 +111,16 @@ class Evaluation(Callback):
                     f"Another process is evaluating in {self.folder}. Wait for its end, or give this one a folder of "
                     "its own (--output_dir)."
                 )
-            return self._run(split, ckpt_path, voting, limit)
+            try:
+                return self._run(split, ckpt_path, voting, limit)
+            except OSError as error:
+                error.add_note(
+                    f"rft: the evaluation in {self.folder} stopped here. What was answered is kept there: once the "
+                    "cause is gone (a full disk, a folder that cannot be written), the same command goes on."
+                )
+                raise
+            finally:
+                self.parts.close()
 
     def _run(self, split: str, ckpt_path: str | None, voting: Voting, limit: int | None) -> dict[str, Any] | None:
         self.split, self.limit = split, limit
@@ -176,17 +185,27 @@ class Evaluation(Callback):
             self.parts.append([row_of(prediction) for prediction in outputs], trainer.global_rank)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Rank zero reads the files of all.
-        trainer.strategy.barrier()
+        self.parts.close()
+        trainer.strategy.barrier()  # rank zero reads the files of all
         self._finish()
         trainer.strategy.barrier()
 
     def _answered(self) -> set[str]:
         """The questions that an earlier run answered, whether it came to its end or not."""
         complete = self.folder / PREDICTIONS
-        if complete.is_file():
+        if not complete.is_file():
+            try:
+                return {row["id"] for row in self.parts.rows()}
+            except (AnnotationError, FileNotFoundError):
+                # Another process of this run found all answers there, and has put them in their place.
+                if not complete.is_file():
+                    raise
+        try:
             return {row["id"] for _, row in read_rows(complete)}
-        return {row["id"] for row in self.parts.rows()}
+        except AnnotationError as error:
+            raise AnnotationError(
+                f"{error} It was complete once and has been changed since; remove {self.folder} to evaluate again."
+            ) from error
 
     @rank_zero_only
     def _finish(self) -> None:
@@ -203,7 +222,10 @@ class Evaluation(Callback):
             for sample in self.datamodule.unasked(self.split)
             if str(sample.image_id) in images or self.limit is None
         ]
-        self.record = write_results(self.folder, rows, self.metrics, self.experiment, self.config)
+        # What was answered before was answered under the configuration that is there.
+        asked_now = not (self.folder / CONFIG).is_file() or not file.is_file()
+        config = self.config if asked_now else None
+        self.record = write_results(self.folder, rows, self.metrics, self.experiment, config)
         self.parts.remove()
         print("\n".join([*record_table(self.record), f"evaluation: {self.folder}"]))
 
