@@ -4,15 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-TINY = {"data": "ShapesDataModule", "classes": None, "policy": "asset:tiny-qwen2-vl", "steps": 60}
+TINY = {
+    "data": "ShapesDataModule", "classes": None, "policy": "asset:tiny-qwen2-vl", "steps": 60,
+    "prompts_per_step": 8,
+}  # fmt: skip
 COCO = {
     "data": "COCODetectionDataModule", "classes": "few_shot_8", "policy": "Qwen/Qwen2-VL-2B-Instruct", "steps": 200,
-    "query_mode": "all",
+    "query_mode": "all", "prompts_per_step": 16,
 }  # fmt: skip
 _FACTS = {
-    "method": "RFT", "policy": None, "data": None, "split": "test", "limit": None, "classes": None, "shots": None,
-    "seed": 0,
-    "steps": None, "tuning": "full", "thought": None, "query_mode": None, "presence_map": None, "box_from": None,
+    "method": "RFT", "policy": None, "data": None, "task": "detection", "split": "test", "limit": None,
+    "classes": None, "shots": None, "seed": 0, "steps": None, "tuning": "full", "thought": None, "rules": "strict",
+    "group_size": 8, "prompts_per_step": None, "query_mode": None, "presence_map": None, "box_from": None,
     "answers": 1, "choose": None, "temperature": 0.0,
 }  # fmt: skip
 
@@ -28,8 +31,10 @@ def write_evaluation(
 ) -> Path:
     """A folder with the `metrics.json` of an evaluation."""
     experiment = {**_FACTS, **facts}
-    if experiment["method"] == "zero-shot":
-        experiment |= {"seed": None, "steps": None, "tuning": None, "shots": None}
+    if not experiment["method"].endswith("RFT"):
+        experiment |= {"rules": None, "group_size": None}
+    if experiment["method"] not in ("SFT", "RFT", "SFT then RFT"):
+        experiment |= dict.fromkeys(("seed", "steps", "tuning", "shots", "prompts_per_step"))
     record = {
         "version": 1,
         "experiment": experiment,

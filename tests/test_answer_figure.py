@@ -26,6 +26,7 @@ def write_rows(folder, rows):
 def class_row(number: int, label: str | None, image=None) -> dict:
     return {
         "id": f"s{number}", "task": "classification", "target": {"label": NAMES[number]}, "label": label,
+        "parsed": label is not None,
         "thought": f"It looks like {label}.", "text": f"<answer>{label}</answer>", "question": "Which animal?",
         "image": None if image is None else str(image), "image_size": [60, 40],
     }  # fmt: skip

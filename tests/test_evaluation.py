@@ -415,6 +415,14 @@ def test_the_record_tells_what_trained_the_policy(tmp_path: Path, monkeypatch) -
     assert record["policy"] == asset
 
 
+def test_a_policy_exported_over_its_own_start_has_an_end(tmp_path: Path) -> None:
+    from rft_lightning.evaluation.experiment import history
+
+    config = {"model": {"class_path": "rft_lightning.SFTModule", "init_args": {"policy": str(tmp_path)}}}
+    (tmp_path / "rft_config.yaml").write_text(json.dumps(config))
+    assert history(str(tmp_path), None) == [config]
+
+
 # Several processes, and processes that are killed
 
 

@@ -8,7 +8,7 @@ import yaml
 from rft_lightning.datamodules.coco import BASE_65, FEW_SHOT_8, NOVEL_15
 from rft_lightning.datamodules.lvis import FEW_SHOT_6, RARE_13
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.report.table_definition import class_names
+from rft_lightning.report.table_definition import class_names, named_classes
 from rft_lightning.report.table_files import load_table, shipped_tables
 
 PUBLISHED = tuple("2345678")
@@ -22,8 +22,8 @@ def test_the_flagged_cells_are_exactly_the_known_ones():
         ("4", "2B, RFT, 10 shots", "kitchen_table"),
         ("4", "7B, RFT, 10 shots", "mAP"),
         ("5", "2B, RFT, 16 shots", "feline-or-canid"),
-        ("8", "GroundingDINO-B", "hippopotamus"),
-        ("8", "GroundingDINO-B", "kitchen_table"),
+        ("8", "GroundingDINO (GroundingDINO-B)", "hippopotamus"),
+        ("8", "GroundingDINO (GroundingDINO-B)", "kitchen_table"),
         ("8", "2B, RFT", "mAP"),
     }
 
@@ -71,6 +71,14 @@ def test_columns_name_the_classes_of_the_data():
     columns = load_table("7").columns
     assert class_names(columns["mAP novel"].mean_ap_of) == list(NOVEL_15)
     assert class_names(columns["mAP base"].mean_ap_of) == list(BASE_65)
+
+
+def test_named_sets_of_classes_are_what_they_name():
+    assert named_classes("few_shot_8") == named_classes(list(FEW_SHOT_8)[::-1]) == set(FEW_SHOT_8)
+    assert named_classes(["base_65", "novel_15"]) == {*BASE_65, *NOVEL_15}
+    assert named_classes("rare_13") == set(RARE_13)
+    assert named_classes("slime") == {"slime"}
+    assert named_classes(None) is None
 
 
 def test_what_is_extra_has_no_published_numbers():

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -15,7 +16,8 @@ from rft_lightning.cli import main
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.report.table_cost import Cost, evaluation_cost, total, training_cost
 from rft_lightning.report.table_files import load_table, shipped_tables
-from rft_lightning.report.table_plan import Choice, Plan, config_file, script
+from rft_lightning.report.table_plan import Choice, Later, Plan, config_file
+from rft_lightning.report.table_script import command, script
 from rft_lightning.report.tables import run_table
 from tests.table_files import write_evaluation
 
@@ -33,7 +35,9 @@ def text_of(plan: Plan) -> str:
 
 
 def commands(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.startswith("rft ")]
+    """What is left to do, without the conditions."""
+    found = (re.fullmatch(r"(?:trained .+|\[ -e .+ \]) \|\| (rft .+)", line) for line in text.splitlines())
+    return [match[1] for match in found if match and not match[0].startswith("#")]
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +52,10 @@ def test_the_commands_of_a_row_as_a_whole():
     start = "--model.policy Qwen/Qwen2-VL-2B-Instruct"
     run = f"{files} --data.shots 4 --seed_everything 1 {start} --model.group_size 8"
     base, asked = "runs/paper/table3/2B/zero_shot/evaluation/presence", "--model.max_completion_length 1024"
-    end = f"--split test --ckpt_path {RFT_RUN}/csv/version_0/checkpoints/last.ckpt --output_dir {RFT_RUN}/evaluation"
+    end = f'--split test --ckpt_path "$(last {RFT_RUN})" --output_dir {RFT_RUN}/evaluation'
     mapped = f"--data.query_mode map --data.presence_map {base}/presence_map.json"
     assert found == [
-        f"rft fit {run} --run_dir {RFT_RUN}",
+        f'rft fit {run} --run_dir {RFT_RUN} --ckpt_path "$(begun {RFT_RUN})"',
         f"rft evaluate {run} {asked} --data.query_mode all {end}/all",
         f"rft evaluate {files} -c configs/protocol/presence.yaml {start} --model.max_completion_length 128 "
         f"--data.query_mode all --split test --output_dir {base}",
@@ -67,10 +71,11 @@ def test_sft_then_rft_goes_on_from_the_supervised_policy():
     first, second = [command for command in found if command.startswith("rft fit")]
     assert "-c configs/paper/sft.yaml" in first
     assert "group_size" not in first
-    assert first.endswith("--run_dir runs/paper/table7/7B/sft/seed0")
+    sft, second_run = "runs/paper/table7/7B/sft/seed0", "runs/paper/table7/7B/sft_then_rft/seed0"
+    assert first.endswith(f'--run_dir {sft} --ckpt_path "$(begun {sft})"')
     assert "sft.yaml" not in second
-    assert "--model.policy runs/paper/table7/7B/sft/seed0/csv/version_0/policy --model.group_size 4" in second
-    assert second.endswith("--run_dir runs/paper/table7/7B/sft_then_rft/seed0")
+    assert f'--model.policy "$(policy {sft})" --model.group_size 4' in second
+    assert second.endswith(f'--run_dir {second_run} --ckpt_path "$(begun {second_run})"')
 
 
 def test_table_8_tests_what_table_7_trained():
@@ -92,7 +97,7 @@ def test_the_map_of_the_tuned_model_is_planned_where_it_is_asked_for():
     choice = Choice(models=["2B"], methods=["RFT", "zero-shot"], shots=[4], seeds=[1], evaluations=["map_tuned"])
     presence, mapped = [c for c in commands(text_of(plan_of("3", choice))) if c.startswith("rft evaluate")]
     own = f"{RFT_RUN}/evaluation/presence"
-    assert presence.endswith(f"--ckpt_path {RFT_RUN}/csv/version_0/checkpoints/last.ckpt --output_dir {own}")
+    assert presence.endswith(f'--ckpt_path "$(last {RFT_RUN})" --output_dir {own}')
     assert f"--data.presence_map {own}/presence_map.json" in mapped
 
 
@@ -112,6 +117,8 @@ def test_every_plan_is_a_script_of_commands_on_existing_files_in_order(name):
             elif option in ("--run_dir", "--output_dir"):
                 assert value not in written
                 written.add(value)
+            elif looked_up := re.fullmatch(r"\$\((?:last|begun|policy) (.+)\)", value):
+                assert looked_up[1] in written
             elif value.startswith("runs/"):
                 assert any(value.startswith(f"{folder}/") for folder in written), value
 
@@ -139,16 +146,24 @@ def test_the_command_line_takes_what_is_planned(name, choice):
     """All options exist, and the recipe has the steps, prompts and tokens that the cost is of."""
     choice.seeds = [2]
     plan = plan_of(name, choice)
-    kinds = {re.sub(r"runs/paper/\S+", "", " ".join(step.words)): step for step in plan.steps.values()}
+    kinds = {re.sub(r"runs/paper/[^\s)]+", "", command(step)): step for step in plan.steps.values()}
     for step in list(kinds.values())[-3:]:
-        config = printed(step.words[1:])
+        config = printed([known(word) for word in step.words[1:]])
         if step.words[1] == "fit":
             assert config["trainer"]["max_steps"] == plan.table.steps
             assert config["data"]["init_args"]["batch_size"] == plan.table.prompts_per_step
             assert config["model"]["init_args"]["max_completion_length"] == plan.table.completion_tokens
             assert config["seed_everything"] == 2
         else:
-            assert config["output_dir"] == str(step.output.parent)
+            assert config["output_dir"] == str(step.folder)
+
+
+def known(word: str | Later) -> str:
+    """A word as it is when nothing was interrupted."""
+    found = {"begun": "null", "last": "csv/version_0/checkpoints/last.ckpt", "policy": "csv/version_0/policy"}
+    if isinstance(word, str):
+        return word
+    return found[word.function] if word.function == "begun" else f"{word.run}/{found[word.function]}"
 
 
 def printed(words: list[str]) -> dict:
@@ -188,7 +203,7 @@ def test_what_is_done_is_commented_out(tmp_path):
     assert [step.done for key, step in plan.steps.items() if key.startswith(str(run))] == [True] * 4
     assert not plan.steps[str(tmp_path / "table3/2B/zero_shot/evaluation/presence")].done
     text = text_of(plan)
-    assert f"# rft fit {shlex.join(plan.steps[str(run)].words[2:])}" in text.splitlines()
+    assert f"# {command(plan.steps[str(run)])}" in text.splitlines()
     assert "of which 4 are done" in text
     assert plan.left().steps == before.left().steps - 200
 
@@ -206,22 +221,80 @@ def test_a_supervised_run_is_needed_while_what_follows_it_is(tmp_path):
     assert steps[str(second)].done
 
 
-def test_an_interrupted_training_goes_on_from_its_checkpoint(tmp_path):
-    run = tmp_path / "table3/2B/rft_4shot/seed1"
-    checkpoint = run / "csv/version_0/checkpoints/last.ckpt"
-    checkpoint.parent.mkdir(parents=True)
-    checkpoint.touch()
-    steps = plan_of("3", FOUR_SHOT, tmp_path).steps
-    assert not steps[str(run)].done
-    assert steps[str(run)].words[-2:] == ["--ckpt_path", str(checkpoint)]
-    # The second attempt logs into a folder of its own, which is where its policy is evaluated from.
-    assert str(run / "csv/version_1/checkpoints/last.ckpt") in steps[str(run / "evaluation/all")].words
-    done = run / "csv/version_1/policy/config.json"
-    done.parent.mkdir(parents=True)
-    done.touch()
-    steps = plan_of("3", FOUR_SHOT, tmp_path).steps
-    assert steps[str(run)].done
-    assert str(run / "csv/version_1/checkpoints/last.ckpt") in steps[str(run / "evaluation/all")].words
+FAKE_RFT = r"""#!/usr/bin/env bash
+# Writes what rft would; a training is interrupted while there is a file to say so.
+printf '%s\n' "$*" >> "$FAKE_LOG"
+while [ $# -gt 0 ]; do
+  case $1 in --run_dir) run=$2 ;; --output_dir) out=$2 ;; esac
+  shift
+done
+if [ -n "$out" ]; then mkdir -p "$out"; touch "$out/metrics.json"; exit; fi
+attempt=$run/csv/version_$(find "$run/csv" -maxdepth 1 -name 'version_*' 2>/dev/null | wc -l)
+mkdir -p "$attempt/checkpoints"; touch "$attempt/checkpoints/last.ckpt"
+if [ -e "$FAKE_STOP" ]; then rm "$FAKE_STOP"; exit 75; fi
+mkdir "$attempt/policy"; touch "$attempt/policy/config.json"
+"""
+
+
+class Runs:
+    """Runs the script of a plan with a command `rft` that writes files alone."""
+
+    def __init__(self, folder: Path, choice: Choice) -> None:
+        self.root, self.log, self.stop = folder / "my runs", folder / "log", folder / "stop"
+        self.plan = plan_of("3", choice, self.root)
+        self.script = text_of(self.plan)
+        self.folder = folder / "bin"
+        self.folder.mkdir()
+        (self.folder / "rft").write_text(FAKE_RFT)
+        (self.folder / "rft").chmod(0o755)
+
+    def __call__(self) -> tuple[int, list[str]]:
+        """Exit status, and the commands that ran."""
+        self.log.write_text("")
+        paths = f"{self.folder}:{os.environ['PATH']}"
+        env = {**os.environ, "PATH": paths, "FAKE_LOG": str(self.log), "FAKE_STOP": str(self.stop)}
+        status = subprocess.run(["bash"], input=self.script, text=True, env=env, check=False).returncode
+        return status, self.log.read_text().splitlines()
+
+
+def test_the_same_script_goes_on_after_an_interruption(tmp_path):
+    choice = Choice(models=["2B"], methods=["SFT then RFT"], shots=[4], seeds=[1], evaluations=["all", "map"])
+    runs = Runs(tmp_path, choice)
+    sft, second = (runs.root / f"table3/2B/{name}_4shot/seed1" for name in ("sft", "sft_then_rft"))
+    runs.stop.touch()
+    status, first = runs()
+    assert (status, len(first)) == (75, 1)
+    assert first[0].endswith(f"--run_dir {sft} --ckpt_path null")
+    status, rest = runs()
+    assert (status, len(rest)) == (0, len(runs.plan.steps)) == (0, 5)
+    assert rest[0].endswith(f"--run_dir {sft} --ckpt_path {sft}/csv/version_0/checkpoints/last.ckpt")
+    assert f"--model.policy {sft}/csv/version_1/policy " in rest[1]
+    assert rest[1].endswith(f"--run_dir {second} --ckpt_path null")
+    assert f"--ckpt_path {second}/csv/version_0/checkpoints/last.ckpt --output_dir {second}/evaluation/all" in rest[2]
+    assert runs() == (0, [])
+
+
+def test_the_tenth_attempt_is_newer_than_the_ninth(tmp_path):
+    runs = Runs(tmp_path, Choice(models=["2B"], methods=["RFT"], shots=[4], seeds=[1], evaluations=["all"]))
+    run = runs.root / "table3/2B/rft_4shot/seed1"
+    for attempt in range(11):
+        (run / f"csv/version_{attempt}/checkpoints").mkdir(parents=True)
+        if attempt != 10:  # stopped before its first checkpoint
+            (run / f"csv/version_{attempt}/checkpoints/last.ckpt").touch()
+    _, (fit, evaluate) = runs()
+    assert fit.endswith(f"--ckpt_path {run}/csv/version_9/checkpoints/last.ckpt")
+    assert f"--ckpt_path {run}/csv/version_11/checkpoints/last.ckpt " in evaluate
+    assert plan_of("3", runs.plan.choice, runs.root).steps[str(run)].done
+
+
+def test_an_evaluation_without_its_checkpoint_is_not_one_of_the_base_model(tmp_path):
+    """What is missing has a path that does not exist, not an empty one."""
+    runs = Runs(tmp_path, Choice(models=["2B"], methods=["RFT"], shots=[4], seeds=[1], evaluations=["all"]))
+    run = runs.root / "table3/2B/rft_4shot/seed1"
+    (run / "csv/version_0/policy").mkdir(parents=True)
+    (run / "csv/version_0/policy/config.json").touch()
+    _, (evaluate,) = runs()
+    assert f"--ckpt_path {run}/csv/version_*/checkpoints/last.ckpt --output_dir" in evaluate
 
 
 def test_costs_by_hand():
@@ -252,6 +325,51 @@ def test_totals_of_a_table():
 def test_more_words_reach_every_command():
     plan = Plan(load_table("3"), Path("r"), FOUR_SHOT, ["--data.root", "my folder"])
     assert all("--data.root 'my folder'" in command for command in commands(text_of(plan)))
+
+
+def roots_of(words: list[str]) -> dict[str, set[str]]:
+    """Configuration file -> `--data.root` of its commands in a plan."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        run_table(words)
+    found: dict[str, set[str]] = {}
+    for line in map(shlex.split, commands(out.getvalue())):
+        root = line[line.index("--data.root") + 1] if "--data.root" in line else ""
+        found.setdefault(Path(line[line.index("-c") + 1]).stem, set()).add(root)
+    return found
+
+
+def test_data_roots_of_recipes():
+    roots = ["--root", "pets37=my pets", "cars196=cars", "--root", "flowers102=a=b"]
+    assert roots_of(["2", "--plan", *roots]) == {
+        "table2_pets37": {"my pets"}, "table2_cars196": {"cars"}, "table2_flowers102": {"a=b"},
+        "table2_fgvc_aircraft": {""},
+    }  # fmt: skip
+    expected = {"table7_coco": {"data/coco"}, "table8_lvis": {"data"}}
+    assert roots_of(["8", "--plan", "--root", "lvis=data", "lvis.fit=data/coco"]) == expected
+    assert roots_of(["8", "--plan", "--root", "lvis=data"]) == {**expected, "table7_coco": {""}}
+    assert roots_of(["3", "--plan", "--root", "coco=c"]) == {"table3_coco": {"c"}}
+    assert roots_of(["3", "--plan", "--options", "--data.root c"]) == {"table3_coco": {"c"}}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["2", "--options", "--data.root X"], "give --root flowers102=FOLDER pets37=FOLDER fgvc_aircraft=FOLDER cars"),
+        (["2", "--options=--data.root=X"], "--data.root would be that of flowers102"),
+        (["8", "--options", "--data.root X"], "give --root lvis=FOLDER lvis.fit=FOLDER"),
+        (["3", "--options", "--data.root X", "--root", "coco=Y"], "Leave it out, and give --root coco=FOLDER"),
+        (["2", "--root", "pets=X"], "no recipe pets; it has flowers102, pets37"),
+        (["2", "--root", "pets37.fit=X"], "no recipe pets37.fit; it has"),
+        (["2", "--root", "X"], "expected RECIPE=FOLDER, found 'X'"),
+        (["2", "--root", "pets37="], "expected RECIPE=FOLDER, found 'pets37='"),
+        (["2", "--root", "pets37=X", "pets37=Y"], "found X and Y for pets37"),
+        (["3", "--options", "'"], "--options: expected words as in a shell.*No closing quotation"),
+    ],
+)
+def test_roots_and_options_that_cannot_be_used(words, message):
+    with pytest.raises(ConfigConflictError, match=message):
+        run_table([words[0], "--plan", *words[1:]])
 
 
 def test_elsewhere_the_packaged_files_are_named(tmp_path, monkeypatch):

@@ -5,11 +5,14 @@ import io
 import json
 import re
 import statistics
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
 from rft_lightning.report.table_files import load_table
+from rft_lightning.report.table_plan import Choice, Plan, Step
 from rft_lightning.report.table_report import csv_text, markdown
 from rft_lightning.report.table_runs import find_runs, match_runs
 from rft_lightning.report.tables import run_table
@@ -159,6 +162,9 @@ def test_open_vocabulary_means_over_classes(tmp_path):
         ({"answers": 8, "choose": "majority"}, "answers 8, not 1; choose majority"),
         ({"temperature": 1.0}, "temperature 1.0, not 0.0"),
         ({"tuning": "lora"}, "tuning lora, not full"),
+        ({"rules": "published_code"}, "rules published_code, not strict"),
+        ({"group_size": 4}, "group_size 4, not 8"),
+        ({"prompts_per_step": 16}, "prompts_per_step 16, not 8"),
         ({"samples": 100}, "questions 100 of 256"),
     ],
 )
@@ -168,6 +174,89 @@ def test_other_settings_are_marked_on_lines_of_their_own(tmp_path, facts, mark):
     lines = lines_of(report("shapes_table3", tmp_path), "tiny | RFT | 4")
     found = {line[3]: line[5] for line in lines}
     assert found == {"measured": "50.0", f"measured [differs: {mark}]": "25.0"}
+
+
+def test_the_usual_group_size_is_that_of_the_model(tmp_path):
+    for size, policy in ((4, "Qwen/Qwen2-VL-7B-Instruct"), (4, COCO["policy"]), (None, COCO["policy"])):
+        facts = {**COCO, "shots": 4, "samples": 40000, "policy": policy, "group_size": size, "seed": 0}
+        facts |= {"rules": None, "prompts_per_step": None} if size is None else {}
+        name = f"{size}{policy[-11:-9]}"
+        write_evaluation(tmp_path / name, metrics={"map": 0.5}, per_class=eight(0.5), **facts)
+    text = report("3", tmp_path)
+    (seven,) = [line[3] for line in lines_of(text, "7B | RFT | 4") if line[3].startswith("measured")]
+    two = [line[3] for line in lines_of(text, "2B | RFT | 4") if line[3].startswith("measured")]
+    # What is not known is not compared.
+    assert seven == "measured, all"
+    assert sorted(two) == ["measured, all", "measured, all [differs: group_size 4, not 8]"]
+
+
+def test_an_approximation_is_not_called_what_it_stands_in_for(tmp_path):
+    facts = {"data": "LISAGroundingDataModule", "task": "grounding", "box_from": "first_shape", "samples": 779}
+    write_evaluation(tmp_path / "a", metrics={"box_iou_mean": 0.3}, **facts, method="OVSegApproximation")
+    write_evaluation(tmp_path / "b", metrics={"box_iou_mean": 0.3}, **facts, method="GroundedSAM")
+    text = report("6", tmp_path)
+    assert [line[1:4] for line in lines_of(text, " | OV-Seg")] == [
+        ["OV-Seg", "", "published"],
+        ["", "", "measured by OVSegApproximation"],
+        ["", "", "difference"],
+    ]
+    assert [line[3] for line in lines_of(text, " | GroundedSAM")] == ["published", "measured", "difference"]
+    table = load_table("6")
+    rows = list(csv.DictReader(io.StringIO(csv_text(table, match_runs(table, find_runs([tmp_path]))))))
+    names = {(row["method"], row["published_as"]) for row in rows if row["mean"]}
+    assert names == {("OVSegApproximation", "OV-Seg"), ("GroundedSAM", "GroundedSAM")}
+
+
+def test_classes_written_out_are_the_named_set(tmp_path):
+    facts = {**COCO, "shots": 4, "samples": 40000, "classes": [*reversed(CLASSES)]}
+    write_evaluation(tmp_path / "a", metrics={"map": 0.5}, per_class=eight(0.5), **facts)
+    assert lines_of(report("3", tmp_path), "2B | RFT | 4")[1][5] == "50.0"
+    write_evaluation(tmp_path / "a", metrics={"map": 0.5}, per_class=eight(0.5), **{**facts, "classes": [*CLASSES[1:]]})
+    assert "belong to no row" in report("3", tmp_path)
+
+
+def option(step: Step, name: str) -> str | None:
+    """A word of a command."""
+    return str(step.words[step.words.index(name) + 1]) if name in step.words else None
+
+
+def test_a_default_plan_is_reported_on_as_a_whole(tmp_path):
+    """Every row has its three protocols, though stage one lies among them with classes of the same names."""
+    table = load_table("3")
+    plan = Plan(table, tmp_path, Choice())
+    for folder, step in plan.steps.items():
+        if step.is_training:
+            continue
+        path = Path(folder).relative_to(tmp_path)
+        model, trained, seed = path.parts[1], path.parts[2], option(step, "--seed_everything")
+        presence = path.name == "presence"
+        method, _, shots = trained.partition("shot")[0].rpartition("_")
+        facts = {
+            **COCO,
+            "method": {"zero": "zero-shot", "sft_then_rft": "SFT then RFT"}.get(method, method.upper()),
+            "task": "presence" if presence else "detection",
+            "policy": table.models[model].policy,
+            "group_size": table.models[model].rft["model.group_size"],
+            "shots": int(shots) if shots else None,
+            "seed": int(seed) if seed else None,
+            "query_mode": option(step, "--data.query_mode"),
+            "presence_map": "base" if option(step, "--data.presence_map") else None,
+        }
+        questions = {"map": {"2B": 1608, "7B": 1299}[model], "gt": 5000}.get(path.name, 40000)
+        metrics = {"presence_f1": 0.9} if presence else {"map": 0.5}
+        write_evaluation(Path(folder), metrics=metrics, per_class=eight(0.5), samples=questions, **facts)
+    text = report("3", tmp_path / "table3")
+    measured = [line for line in text.splitlines() if "| measured" in line]
+    assert [line.split("|")[4].strip() for line in measured] == [
+        f"measured, {asked}" + mark
+        for row in table.rows
+        for asked in ("all", "gt", "map (base)")
+        for mark in ([" [differs: tuning full, not lora]"] if row.method == "SFT" else [""])
+    ]
+    stage_one = [tmp_path / f"table3/{model}/zero_shot/evaluation/presence" for model in ("2B", "7B")]
+    assert [line for line in text.splitlines() if line.startswith("- ")] == [
+        f"- {folder}: presence evaluation, stage one" for folder in stage_one
+    ]
 
 
 def test_supervised_runs_differ_from_the_published_ones_in_tuning_and_thought(tmp_path):
@@ -205,7 +294,12 @@ def test_flagged_cells_have_notes():
         ({"method": "GroundingDINO"}, "there is no row of method GroundingDINO"),
         ({"policy": "Qwen/Qwen3-VL-2B"}, "there is no row of method RFT with policy Qwen/Qwen3-VL-2B"),
         ({"shots": 3}, "there is no row of 2B, RFT with 3 shots"),
-        ({"metrics": {"presence_accuracy": 0.9}, "per_class": {}}, "none of the numbers of the columns, but presence_"),
+        ({"metrics": {"loss": 0.9}, "per_class": {}}, "it has none of the numbers of the columns, but loss"),
+        # Its numbers by class are F1.
+        (
+            {"task": "presence", "metrics": {"presence_accuracy": 0.9, "presence_f1": 0.7}},
+            ": presence evaluation, stage one",
+        ),
     ],
 )
 def test_what_belongs_to_no_row_is_named_with_the_reason(tmp_path, facts, reason):
@@ -247,7 +341,8 @@ def test_the_command_prints_and_writes(tmp_path, capsys, coco_runs):
     files = tmp_path / "out" / "report.md", tmp_path / "out" / "report.csv"
     run_table(["3", str(coco_runs), "--output", str(files[0]), "--csv", str(files[1])])
     assert capsys.readouterr().out == files[0].read_text() == report("3", coco_runs)
-    assert files[1].read_text().startswith("table,model,method,shots,column,asked,differs,published,flag,seeds,mean")
+    head = "table,model,method,shots,column,asked,differs,published_as,published,flag,seeds,mean"
+    assert files[1].read_text().startswith(head)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +357,9 @@ def test_the_command_prints_and_writes(tmp_path, capsys, coco_runs):
         (["3", "--plan", "--methods", "DPO"], "--methods: the table has no DPO; it has zero-shot, SFT, RFT, SFT then"),
         (["--figure", "4", "a"], "takes two folders"),
         (["--figure", "6", "a", "b"], "Expected --figure 4"),
+        (["3", "a", "--figure", "4"], "--figure takes no table number, found 3; .* --figure 4 BEFORE AFTER"),
+        (["shapes_table3", "a", "b", "--figure", "5"], "--figure takes no table number, found shapes_table3"),
+        (["3", ".", "--root", "coco=X"], "--root changes nothing of a report"),
         (["--figure", "4", "a", "b", "--samples", "0"], "--samples >= 1"),
         (["--figure", "4", "a", "b", "--plan"], "--plan changes nothing of --figure"),
     ],
@@ -283,5 +381,5 @@ def test_made_folders_are_as_evaluate_writes_them(tmp_path):
 
     folder = write_evaluation(tmp_path, metrics={}, **TINY)
     made = json.loads((folder / "metrics.json").read_text())["experiment"]
-    stated = describe(object(), object(), None, None, split="test", voting=Voting())
+    stated = describe(object(), SimpleNamespace(parts=dict), None, None, split="test", voting=Voting())
     assert list(made) == list(stated)

@@ -84,12 +84,13 @@ def describe(
     }
 
 
-def history(policy: str, ckpt_path: str | None) -> list[dict[str, Any]]:
+def history(policy: str, ckpt_path: str | None, known: frozenset[Path] = frozenset()) -> list[dict[str, Any]]:
     """The configurations of the runs that made a policy, the first one first.
 
     Args:
         policy: the policy as it starts; the folder of one that `fit` exported says what made it.
         ckpt_path: a checkpoint of `fit` that follows on it.
+        known: configurations that were read already: a policy may have been exported over the one it started from.
 
     Raises:
         CheckpointError: `ckpt_path` is no checkpoint that `fit` wrote.
@@ -99,13 +100,13 @@ def history(policy: str, ckpt_path: str | None) -> list[dict[str, Any]]:
         text = (record.get("run") or {}).get("config")
         run = yaml.safe_load(text) if text else {"model": {"class_path": (record.get("run") or {}).get("method")}}
         return [*history(str(record["policy"]), None), {**run, "steps": (record.get("run") or {}).get("steps")}]
-    file = Path(policy) / CONFIG
-    if not file.is_file():
+    file = (Path(policy) / CONFIG).resolve()
+    if not file.is_file() or file in known:
         return []
     run = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(run, Mapping):
         raise CheckpointError(f"{file} is no configuration of a run; remove it, or export the policy again.")
-    return [*history(str(_arguments(run, "model").get("policy")), None), dict(run)]
+    return [*history(str(_arguments(run, "model").get("policy")), None, known | {file}), dict(run)]
 
 
 def map_origin(file: Path) -> str:

@@ -7,11 +7,12 @@ Numbers of a table are percents: a hundred times the fractions that ``metrics.js
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+from rft_lightning.datamodules import coco, lvis, shapes
 from rft_lightning.errors import ConfigConflictError
 
 ZERO_SHOT, SFT, RFT, SFT_RFT = "zero-shot", "SFT", "RFT", "SFT then RFT"
@@ -155,7 +156,7 @@ class TableRow:
         shots: pictures per class in training; null where it is no few-shot experiment.
         published: a number per column, in their order, null where there is none; null for a row that is not published.
         notes: column -> what is odd about its published number.
-        label: how the publication calls it, where that is another name.
+        label: how the publication calls the method, where that is another name.
     """
 
     method: str
@@ -172,7 +173,8 @@ class TableRow:
 
     def __str__(self) -> str:
         shots = f"{self.shots} {'shot' if self.shots == 1 else 'shots'}" if self.shots is not None else ""
-        return ", ".join(word for word in (self.model, self.label or self.method, shots) if word)
+        method = f"{self.method} ({self.label})" if self.label is not None else self.method
+        return ", ".join(word for word in (self.model, method, shots) if word)
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,14 @@ class TableDefinition:
     notes: list[str] = field(default_factory=list)
     name: str = ""
 
+    def usual(self, row: TableRow) -> dict[str, Any]:
+        """Settings of the published runs of a row; those of the training are None where nothing is trained."""
+        group_size = None
+        if row.model is not None and row.trainings[-1:] == (RFT,):
+            group_size = self.models[row.model].rft["model.group_size"]
+        training = {"group_size": group_size, "prompts_per_step": self.prompts_per_step if row.trainings else None}
+        return {**training, **self.settings, **self.settings_of.get(row.method, {})}
+
     def published(self, row: TableRow) -> dict[str, float | None]:
         """Column -> published number of a row."""
         return dict(zip(self.columns, row.published or [None] * len(self.columns), strict=True))
@@ -237,6 +247,15 @@ class TableDefinition:
                     f"; {flags[name]}" if name in flags else ""
                 )
         return flags
+
+
+def named_classes(classes: str | Sequence[str] | None) -> frozenset[str] | None:
+    """The names that a `classes` of the data stands for: those of sets such as ``few_shot_8``; None for all."""
+    if classes is None:
+        return None
+    sets: dict[str, Sequence[str]] = {**coco.CLASS_SETS, **lvis.CLASS_SETS, **shapes.CLASS_SETS}
+    words = [classes] if isinstance(classes, str) else classes
+    return frozenset(str(name) for word in words for name in sets.get(str(word), [word]))
 
 
 def class_names(classes: str | list[str]) -> list[str]:
@@ -272,4 +291,5 @@ __all__ = [
     "TableModel",
     "TableRow",
     "class_names",
+    "named_classes",
 ]

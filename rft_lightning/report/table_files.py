@@ -40,16 +40,25 @@ def configs_root() -> Path:
     return Path(str(resources.files("rft_lightning.configs")))
 
 
+def is_table(word: str) -> bool:
+    """Whether a word is the number or the name of a shipped definition."""
+    return _shipped(word) is not None
+
+
+def _shipped(word: str) -> Path | None:
+    shipped = shipped_tables()
+    return shipped.get(f"table{word}") or shipped.get(word)
+
+
 def load_table(word: str) -> TableDefinition:
     """A definition by its number (3), its name (shapes_table3) or its file.
 
     Raises:
         ConfigConflictError: there is none of this name, or the file is not of the form that this module describes.
     """
-    shipped = shipped_tables()
-    file = shipped.get(f"table{word}") or shipped.get(word) or Path(word)
+    file = _shipped(word) or Path(word)
     if not file.is_file():
-        names = ", ".join(name.removeprefix("table") for name in shipped)
+        names = ", ".join(name.removeprefix("table") for name in shipped_tables())
         raise ConfigConflictError(f"There is no table {word!r}. Give one of {names}, or a YAML file that defines one.")
     try:
         block = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -208,4 +217,4 @@ def _check_row(row: TableRow, table: TableDefinition, where: str) -> None:
         raise ConfigConflictError(f"{where}: notes on unknown columns {sorted(unknown)}.")
 
 
-__all__ = ["configs_root", "load_table", "shipped_tables"]
+__all__ = ["configs_root", "is_table", "load_table", "shipped_tables"]

@@ -1,17 +1,15 @@
-"""`rft table N --plan`: the runs that fill a table, as a shell script with what they cost.
+"""`rft table N --plan`: the runs that fill a table, with what they cost.
 
 Every run has a folder: ``RUNS/TABLE/[RECIPE/]MODEL/METHOD_SHOTS/seedN``, its evaluations below it in ``evaluation/``.
-What is done already stands commented out, so that the script can be run again after an interruption.
+:mod:`rft_lightning.report.table_script` makes a shell script of a plan.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 from rft_lightning.errors import ConfigConflictError
@@ -26,7 +24,22 @@ from rft_lightning.report.table_definition import (
 )
 from rft_lightning.report.table_files import configs_root
 
-LAST, POLICY = "checkpoints/last.ckpt", "policy"  # below the folder of a run's first logger
+# What a training run writes at its end, one folder for each attempt; and its checkpoint in such a folder.
+TRAINED, LAST = Path("csv/version_*/policy/config.json"), "checkpoints/last.ckpt"
+_DATA_ROOT = ("--data.root", "--data.init_args.root")
+
+
+@dataclass(frozen=True)
+class Later:
+    """A word that is known when the command runs.
+
+    Attributes:
+        function: what of a training run it is: ``last`` (checkpoint), ``begun`` (the same, or null), ``policy``.
+        run: folder of the run.
+    """
+
+    function: str
+    run: Path
 
 
 @dataclass
@@ -36,18 +49,28 @@ class Step:
     Attributes:
         heading: the row it is first needed for.
         words: the command.
-        output: the file that says it is done.
+        folder: what it fills.
         cost: of the command.
         needs: keys in the plan of the steps before it.
         done: whether nothing is left to do.
     """
 
     heading: str
-    words: list[str]
-    output: Path
+    words: list[str | Later]
+    folder: Path
     cost: Cost
     needs: tuple[str, ...] = ()
     done: bool = False
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it is a training, not an evaluation."""
+        return self.words[1] == "fit"
+
+    @property
+    def output(self) -> Path:
+        """The file below its folder that says it is done; a pattern for a training."""
+        return TRAINED if self.is_training else Path("metrics.json")
 
 
 @dataclass
@@ -105,17 +128,24 @@ class Plan:
         root: folder of all runs.
         choice: what is planned.
         more: further words of every command, such as ``--data.root FOLDER``.
+        data_roots: recipe -> ``--data.root`` of its commands; ``RECIPE.fit`` for its trainings, where those have a
+            configuration file of their own.
         steps: by the folder that each fills.
+
+    Raises:
+        ConfigConflictError: the table has not what is named, or one ``--data.root`` is given for several.
     """
 
     table: TableDefinition
     root: Path
     choice: Choice = field(default_factory=Choice)
     more: Sequence[str] = ()
+    data_roots: Mapping[str, str] = field(default_factory=dict)
     steps: dict[str, Step] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.choice.check(self.table)
+        self._check_roots()
         for row in self.choice.rows(self.table):
             for name, recipe in self.table.recipes.items():
                 self._add_row(row, name, recipe)
@@ -125,10 +155,24 @@ class Plan:
         """The cost of what is not done."""
         return total(step.cost for step in self.steps.values() if not step.done)
 
+    def _check_roots(self) -> None:
+        recipes = self.table.recipes.items()
+        places = [place for name, recipe in recipes for place in (name, f"{name}.fit" if recipe.fit else None) if place]
+        if unknown := [place for place in self.data_roots if place not in places]:
+            raise ConfigConflictError(
+                f"--root: the table has no recipe {', '.join(unknown)}; it has {', '.join(places)}."
+            )
+        shared = any(word.split("=")[0] in _DATA_ROOT for word in self.more)
+        if shared and (len(places) > 1 or self.data_roots):
+            raise ConfigConflictError(
+                f"--options: --data.root would be that of {', '.join(places)}. Leave it out, and give --root "
+                f"{' '.join(f'{place}=FOLDER' for place in places)}."
+            )
+
     def _add_row(self, row: TableRow, name: str, recipe: Recipe) -> None:
         seeds = self.table.seeds if self.choice.seeds is None else self.choice.seeds
         for seed in seeds if row.trainings else [None]:
-            run = _Run(self.table, row, name, recipe, seed, self.root, self.more)
+            run = _Run(self.table, row, name, recipe, seed, self.root, self.more, self.data_roots)
             for step in run.trainings():
                 self.steps.setdefault(*step)
             for evaluation in self._evaluations(row, recipe):
@@ -151,7 +195,7 @@ class Plan:
         """A step is also done where all that need it are, though its own output may be gone."""
         for key, step in reversed(self.steps.items()):
             users = [other for other in self.steps.values() if key in other.needs]
-            step.done = step.output.exists() or (bool(users) and all(user.done for user in users))
+            step.done = any(step.folder.glob(str(step.output))) or (bool(users) and all(user.done for user in users))
 
 
 @dataclass
@@ -165,6 +209,7 @@ class _Run:
     seed: int | None
     root: Path
     more: Sequence[str]
+    data_roots: Mapping[str, str]
 
     def trainings(self) -> Iterator[tuple[str, Step]]:
         """The training runs, one after the other."""
@@ -180,12 +225,10 @@ class _Run:
                 prompt_tokens=table.prompt_tokens,
                 completion_tokens=table.completion_tokens,
             )
-            words = ["rft", "fit", *self._files(training), *self._options(position)]
-            logs, begun = logged(folder)
-            words += [*self.more, "--run_dir", str(folder)]
-            words += ["--ckpt_path", str(begun)] if begun is not None else []
+            words: list[str | Later] = ["rft", "fit", *self._files(training), *self._options(position)]
+            words += [*self._more(fit=True), "--run_dir", str(folder), "--ckpt_path", Later("begun", folder)]
             needs = (str(self._trained(position - 1)),) if position else ()
-            yield str(folder), Step(self._heading(), words, logs / POLICY / "config.json", cost, needs)
+            yield str(folder), Step(self._heading(), words, folder, cost, needs)
 
     def evaluation(self, name: str) -> Iterator[tuple[str, Step]]:
         """An evaluation, after the one that makes its presence map."""
@@ -207,15 +250,15 @@ class _Run:
     ) -> Step:
         trainings = () if untrained else self.row.trainings
         tokens = self.table.answer_tokens if evaluation.answer_tokens is None else evaluation.answer_tokens
-        words = ["rft", "evaluate", *self._files(trainings[-1] if trainings else None, evaluation)]
+        words: list[str | Later] = ["rft", "evaluate", *self._files(trainings[-1] if trainings else None, evaluation)]
         words += self._options(len(trainings) - 1)
         if self.row.model is not None:
             words += ["--model.max_completion_length", str(tokens)]
         if evaluation.query_mode is not None:
             words += ["--data.query_mode", evaluation.query_mode]
-        words += [*presence_map, *_flags(evaluation.overrides), *self.more, "--split", evaluation.split]
+        words += [*presence_map, *_flags(evaluation.overrides), *self._more(), "--split", evaluation.split]
         if trainings:
-            words += ["--ckpt_path", str(logged(self._trained(len(trainings) - 1))[0] / LAST)]
+            words += ["--ckpt_path", Later("last", self._trained(len(trainings) - 1))]
         words += ["--output_dir", str(folder)]
         cost = evaluation_cost(
             questions=evaluation.questions_of(self.row.model),
@@ -224,7 +267,7 @@ class _Run:
             completion_tokens=tokens,
         )
         needs = () if untrained else self._trained_needs()
-        return Step(self._heading(), words, folder / "metrics.json", cost, needs)
+        return Step(self._heading(), words, folder, cost, needs)
 
     def _files(self, training: str | None, evaluation: Evaluation | None = None) -> list[str]:
         """The recipe, what an evaluation changes of it, and over both what is trained: they may be of two classes."""
@@ -234,12 +277,17 @@ class _Run:
             files += self.table.systems[self.row.method].files
         return [word for file in files for word in ("-c", config_file(file))]
 
-    def _options(self, position: int) -> list[str]:
+    def _more(self, *, fit: bool = False) -> list[str]:
+        """The further words of a command."""
+        root = self.data_roots.get(f"{self.recipe_name}.fit" if fit and self.recipe.fit else self.recipe_name)
+        return [*self.more, *(["--data.root", root] if root is not None else [])]
+
+    def _options(self, position: int) -> list[str | Later]:
         """What tells a run from the others of its recipe; `position` of the training, -1 for none."""
         if self.row.model is None:
-            return _flags(self.table.systems[self.row.method].overrides)
+            return [*_flags(self.table.systems[self.row.method].overrides)]
         model = self.table.models[self.row.model]
-        policy = model.policy if position < 1 else str(logged(self._trained(position - 1))[0] / POLICY)
+        policy = model.policy if position < 1 else Later("policy", self._trained(position - 1))
         if position < 0:
             return ["--model.policy", policy]
         shots = [] if self.row.shots is None else ["--data.shots", str(self.row.shots)]
@@ -274,58 +322,6 @@ class _Run:
         return self.table.models[self.row.model].parameters
 
 
-def logged(folder: Path) -> tuple[Path, Path | None]:
-    """Where a training run logs: the folder with its policy, or where the next attempt will write.
-
-    Each attempt has a folder of its own, ``csv/version_0`` and so on.
-
-    Returns:
-        that folder, and the checkpoint of an attempt that did not come to its end.
-    """
-    names = (path.name.removeprefix("version_") for path in folder.glob("csv/version_*"))
-    versions = sorted(int(name) for name in names if name.isdecimal())
-    folders = [folder / "csv" / f"version_{version}" for version in versions]
-    for logs in reversed(folders):
-        if (logs / POLICY / "config.json").is_file():
-            return logs, None
-    begun = [logs / LAST for logs in folders if (logs / LAST).exists()]
-    return folder / "csv" / f"version_{versions[-1] + 1 if versions else 0}", begun[-1] if begun else None
-
-
-def script(plan: Plan, *, peak_flops: float, utilisation: float) -> str:
-    """The plan as a shell script: costs and headings are comments, and so are the commands of what is done."""
-    lines, heading = [*_head(plan, peak_flops, utilisation), "set -e"], ""
-    for step in plan.steps.values():
-        if step.heading != heading:
-            heading = step.heading
-            lines += ["", f"# ---- {heading}"]
-        cost = "done" if step.done else step.cost.line(peak_flops, utilisation)
-        lines += [f"# {cost}", f"{'# ' if step.done else ''}{shlex.join(step.words)}"]
-    return "\n".join(lines) + "\n"
-
-
-def _head(plan: Plan, peak_flops: float, utilisation: float) -> list[str]:
-    table, done = plan.table, sum(step.done for step in plan.steps.values())
-    sizes = ", ".join(f"{name} {model.parameters:.2g}" for name, model in table.models.items())
-    prompt, completion, answer = table.prompt_tokens, table.completion_tokens, table.answer_tokens
-    notes = [f"# {row.method}: {note}" for row in table.rows if (note := _note(table, row))]
-    return [
-        "#!/usr/bin/env bash",
-        f"# {table.title}",
-        f"# {len(plan.steps)} commands, of which {done} are done. Left to do:",
-        *(f"#   {line}" for line in wrap(plan.left().line(peak_flops, utilisation), 110)),
-        "# Estimated, not measured: 2 FLOP per parameter and token in a pass. Training: 5 passes (sampling, reference,",
-        f"# policy forward, and backward as 2) over a prompt and G completions, {prompt} + G x {completion} tokens.",
-        f"# SFT: 3 over {prompt} + {completion}. A question: 1 over {prompt} + {answer}. Parameters: {sizes}.",
-        f"# GPU-hours at {utilisation:.0%} of {peak_flops / 1e12:g} TFLOP/s; a line above each command says its share.",
-        *notes,
-    ]
-
-
-def _note(table: TableDefinition, row: TableRow) -> str:
-    return table.systems[row.method].note if row.method in table.systems else ""
-
-
 def config_file(name: str) -> str:
     """The path of a file: ``configs/NAME`` where that exists, else that of the package, or a user's own.
 
@@ -356,4 +352,4 @@ def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-__all__ = ["Choice", "Plan", "Step", "config_file", "script"]
+__all__ = ["Choice", "Later", "Plan", "Step", "config_file"]

@@ -23,12 +23,13 @@ class Cell:
     Attributes:
         table: name of the table.
         model: name of the model; empty for comparison systems.
-        method: name of the method.
+        method: name of the method that is measured.
         shots: None where it is no few-shot row.
         column: name of the column.
         asked: which categories were asked for: ``all``, ``gt``, ``map (base)``, ``map (tuned)``; empty where there is
             no choice, or no run.
         differs: settings that differ from those of the published runs.
+        published_as: how the publication calls the method: its own name but for what stands in for it.
         published: the published number.
         flag: what is odd about it.
         seeds: runs behind the measured number.
@@ -45,6 +46,7 @@ class Cell:
     column: str
     asked: str
     differs: str
+    published_as: str
     published: float | None
     flag: str
     seeds: int
@@ -80,7 +82,8 @@ def markdown(table: TableDefinition, matched: Matched) -> str:
         first = cells[0]
         row = (first.model, first.method, first.shots)
         published = any(cell.published is not None for cell in cells)
-        heading = [first.model, first.method, "" if first.shots is None else str(first.shots)]
+        method = first.published_as if published else first.method
+        heading = [first.model, method, "" if first.shots is None else str(first.shots)]
         if published and row != before:
             numbers = [_published(cell, notes) for cell in cells]
             lines.append(_row([*heading, "published", "", *numbers, ""]))
@@ -119,11 +122,12 @@ def _cell(table: TableDefinition, row: TableRow, line: Line | None, column: str)
     return Cell(
         table=table.name,
         model=row.model or "",
-        method=row.label or row.method,
+        method=row.method,
         shots=row.shots,
         column=column,
         asked=_asked(line) if line is not None else "",
         differs=_differs(table, row, line) if line is not None else "",
+        published_as=row.label or row.method,
         published=None if published is None else float(published),
         flag=table.flags(row).get(column, ""),
         seeds=len(values),
@@ -146,7 +150,7 @@ def _asked(line: Line) -> str:
 
 def _differs(table: TableDefinition, row: TableRow, line: Line) -> str:
     """Settings other than the published ones; which categories are asked for is said apart."""
-    usual = {**SETTINGS, **table.settings, **table.settings_of.get(row.method, {})}
+    usual = {**SETTINGS, **table.usual(row)}
     return "; ".join(
         f"{name} {value}" + (f", not {usual[name]}" if usual[name] is not None else "")
         for name, value in _facts(line).items()
@@ -157,7 +161,8 @@ def _differs(table: TableDefinition, row: TableRow, line: Line) -> str:
 def _measured(cells: list[Cell]) -> list[str]:
     """What is measured, how many seeds are behind it, the numbers, and the failures."""
     first, counts = cells[0], sorted({cell.seeds for cell in cells if cell.seeds})
-    what = f"measured, {first.asked}" if first.asked else "measured"
+    what = "measured" if first.method == first.published_as else f"measured by {first.method}"
+    what += f", {first.asked}" if first.asked else ""
     seeds = "0" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     failures = DASH if first.parse_failures is None else f"{first.parse_failures:.1f}"
     numbers = [_spread(cell) for cell in cells]
@@ -175,7 +180,7 @@ def _published(cell: Cell, notes: dict[str, int]) -> str:
     text = DASH if cell.published is None else f"{cell.published:.1f}"
     if not cell.flag:
         return text
-    where = ", ".join(str(word) for word in (cell.model, cell.method) if word)
+    where = ", ".join(str(word) for word in (cell.model, cell.published_as) if word)
     where += "" if cell.shots is None else f", {cell.shots} shots"
     number = notes.setdefault(f"{where}, {cell.column}: {cell.flag}", len(notes) + 1)
     return f"{text} [{number}]"

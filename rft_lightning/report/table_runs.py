@@ -3,14 +3,14 @@
 An evaluation is a folder with ``metrics.json``, as `rft evaluate` writes it. By the facts in its ``experiment`` it
 belongs to
 
-1. the recipe whose `match` it has (class of the data, classes), on a split that a column is read from, if it has one of
-   the numbers that the columns of that recipe and split show: a metric, and where there are columns of classes, the
-   value of one of these classes;
+1. the recipe whose `match` it has (class of the data, classes, as names or as a named set), on a split that a column
+   is read from, if it has one of the numbers that the columns of that recipe and split show: a metric, and where there
+   are columns of classes, the value of one of these classes; what asks for presence alone belongs to none;
 2. the row of its ``method``, its model and its ``shots``. A model is known by its ``policy``, or by the last part of
    that (a local copy). Shots count where something is trained and the row has shots.
 
-What else differs (how categories are asked for, steps, tuning, votes over several answers, fewer questions than the
-data has) makes lines of their own: :data:`SETTINGS`. What belongs nowhere is named with the reason.
+What else differs (how categories are asked for, steps, tuning, rewards, votes over several answers, fewer questions
+than the data has) makes lines of their own: :data:`SETTINGS`. What belongs nowhere is named with the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
-from rft_lightning.report.table_definition import Column, Recipe, TableDefinition, TableRow, class_names
+from rft_lightning.report.table_definition import Column, Recipe, TableDefinition, TableRow, class_names, named_classes
 
 # Facts that make lines of their own, with what counts as usual where a definition says nothing of them.
 SETTINGS: dict[str, Any] = {
@@ -32,13 +32,18 @@ SETTINGS: dict[str, Any] = {
     "steps": None,
     "tuning": "full",
     "thought": None,
+    "rules": "strict",
+    "group_size": None,
+    "prompts_per_step": None,
     "answers": 1,
     "choose": None,
     "temperature": 0.0,
     "limit": None,
     "questions": None,
 }
-_NEEDED = ("method", "policy", "data", "split")
+_NEEDED = ("method", "policy", "data", "task", "split")
+# What makes presence maps: its numbers by class are no AP.
+_STAGE_ONE = "presence"
 
 
 @dataclass(frozen=True)
@@ -203,8 +208,10 @@ def describe(run: FoundRun) -> str:
 def _part_of(table: TableDefinition, run: FoundRun) -> tuple[str, str] | str:
     """(recipe, split) of an evaluation, or why it has none."""
     facts, split = run.experiment, str(run.experiment["split"])
+    if facts["task"] == _STAGE_ONE:
+        return "presence evaluation, stage one"
     for name, recipe in table.recipes.items():
-        if any(facts.get(key) != value for key, value in recipe.match.items()):
+        if any(_resolved(key, facts.get(key)) != _resolved(key, value) for key, value in recipe.match.items()):
             continue
         columns = [c for c in table.columns.values() if c.is_measured and table.recipe_of(c) == name]
         columns = [column for column in columns if column.split == split]
@@ -216,6 +223,11 @@ def _part_of(table: TableDefinition, run: FoundRun) -> tuple[str, str] | str:
         return name, split
     expected = " or ".join(_facts(recipe.match) for recipe in table.recipes.values())
     return f"its data is {_facts({key: facts.get(key) for key in ('data', 'classes')})}; the table is on {expected}"
+
+
+def _resolved(fact: str, value: Any) -> Any:
+    """A fact as it is compared: named sets of classes are what they name."""
+    return named_classes(value) if fact == "classes" else value
 
 
 def _counted(recipe: Recipe, run: FoundRun) -> FoundRun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +12,16 @@ import jsonargparse
 
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.report.table_cost import PEAK_FLOPS, UTILISATION
-from rft_lightning.report.table_files import load_table
-from rft_lightning.report.table_plan import Choice, Plan, script
+from rft_lightning.report.table_files import is_table, load_table
+from rft_lightning.report.table_plan import Choice, Plan
 from rft_lightning.report.table_report import csv_text, markdown
 from rft_lightning.report.table_runs import find_runs, match_runs
+from rft_lightning.report.table_script import script
 
 # Options of each form of the command with what they are when not given; those of another form are refused.
 _PLAN = {
     "runs": "runs/paper", "models": None, "methods": None, "shots": None, "evaluations": None, "seeds": None,
-    "options": "", "peak_flops": PEAK_FLOPS, "utilisation": UTILISATION,
+    "options": "", "root": None, "peak_flops": PEAK_FLOPS, "utilisation": UTILISATION,
 }  # fmt: skip
 _REPORT = {"csv": None}
 _FIGURE = {"samples": 4}
@@ -76,6 +78,14 @@ def table_parser() -> jsonargparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=kind, nargs="+", help=f"With --plan: only these {name}.")
     parser.add_argument("--options", type=str, default="", help="With --plan: words to add to every command.")
     parser.add_argument(
+        "--root",
+        type=str,
+        nargs="+",
+        action="extend",
+        help="With --plan: RECIPE=FOLDER, the --data.root of the commands of one recipe; RECIPE.fit=FOLDER of its "
+        "trainings, where those are on other data.",
+    )
+    parser.add_argument(
         "--peak_flops", type=float, default=PEAK_FLOPS, help="With --plan: operations per second of a device."
     )
     parser.add_argument(
@@ -91,21 +101,43 @@ def table_parser() -> jsonargparse.ArgumentParser:
 
 
 def _plan(given: Any, table: Any) -> None:
-    import shlex
-
     if not given.peak_flops > 0 or not 0 < given.utilisation <= 1:
         raise ConfigConflictError(
             f"Expected --peak_flops > 0 and 0 < --utilisation <= 1, found {given.peak_flops} and {given.utilisation}."
         )
     choice = Choice(**{name: given[name] for name in ("models", "methods", "shots", "evaluations", "seeds")})
-    plan = Plan(table, Path(given.runs), choice, shlex.split(given.options))
+    try:
+        more = shlex.split(given.options)
+    except ValueError as error:
+        raise ConfigConflictError(
+            f"--options: expected words as in a shell, found {given.options!r} ({error}). Close the quote."
+        ) from error
+    plan = Plan(table, Path(given.runs), choice, more, _roots(given.root or []))
     _write(given.output, script(plan, peak_flops=given.peak_flops, utilisation=given.utilisation), shown=True)
+
+
+def _roots(words: Sequence[str]) -> dict[str, str]:
+    """Recipe -> folder."""
+    roots: dict[str, str] = {}
+    for word in words:
+        recipe, _, folder = word.partition("=")
+        if not recipe or not folder:
+            raise ConfigConflictError(f"--root: expected RECIPE=FOLDER, found {word!r}.")
+        if recipe in roots:
+            raise ConfigConflictError(f"--root: found {roots[recipe]} and {folder} for {recipe}; leave one out.")
+        roots[recipe] = folder
+    return roots
 
 
 def _draw(given: Any) -> None:
     from rft_lightning.report.answer_figure import answer_figure
 
     _refuse(given, "--figure", {**_PLAN, **_REPORT, "plan": False})
+    if tables := [word for word in given.words if is_table(word) and not Path(word).is_dir()]:
+        raise ConfigConflictError(
+            f"--figure takes no table number, found {tables[0]}; it draws the answers of two folders of evaluations: "
+            f"rft table --figure {given.figure} BEFORE AFTER."
+        )
     if len(given.words) != 2:
         raise ConfigConflictError(
             f"--figure takes two folders of evaluations, before and after; found {' '.join(given.words) or 'none'}."
