@@ -25,7 +25,7 @@ quickstart: $(INSTALLED) ## teach a tiny policy to draw better boxes with GRPO, 
 	$(BIN)/rft fit --config configs/quickstart.yaml $(ARGS)
 
 test: $(INSTALLED_DEV) ## the quick tests: no network, no GPU
-	$(BIN)/pytest -n auto --maxprocesses 8 $(ARGS)
+	$(BIN)/pytest $(ARGS)
 
 test-distributed: $(INSTALLED_DEV) ## the tests that start runs in processes of their own
 	$(BIN)/pytest -m "distributed and not slow and not gpu" $(ARGS)

@@ -79,6 +79,14 @@ def make_trainer(tmp_path):
     return make
 
 
+@pytest.fixture(autouse=True)
+def end_group():
+    """No test finds the process group of an earlier one."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture
 def leave_no_group():
     """Lightning keeps the process group and its environment variables until the process ends."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from rft_lightning.datamodules import coco, lvis, shapes
 from rft_lightning.errors import ConfigConflictError
 
+_SETS_OF = ("coco", "lvis", "shapes")
 ZERO_SHOT, SFT, RFT, SFT_RFT = "zero-shot", "SFT", "RFT", "SFT then RFT"
 # The trainings that lead to each method, in order; comparison systems are not trained.
 TRAININGS = {ZERO_SHOT: (), SFT: (SFT,), RFT: (RFT,), SFT_RFT: (SFT, RFT)}
@@ -253,7 +253,9 @@ def named_classes(classes: str | Sequence[str] | None) -> frozenset[str] | None:
     """The names that a `classes` of the data stands for: those of sets such as ``few_shot_8``; None for all."""
     if classes is None:
         return None
-    sets: dict[str, Sequence[str]] = {**coco.CLASS_SETS, **lvis.CLASS_SETS, **shapes.CLASS_SETS}
+    # By name, as the definitions name them: the data sets lie above this package.
+    modules = [import_module(f"rft_lightning.datamodules.{name}") for name in _SETS_OF]
+    sets: dict[str, Sequence[str]] = {name: names for module in modules for name, names in module.CLASS_SETS.items()}
     words = [classes] if isinstance(classes, str) else classes
     return frozenset(str(name) for word in words for name in sets.get(str(word), [word]))
 
