@@ -52,6 +52,17 @@ def place(partial: Path, path: Path) -> None:
         shutil.rmtree(earlier, ignore_errors=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that no reader ever sees a part of it; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(path)
+    try:
+        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def remove(path: Path) -> None:
     """Remove a checkpoint, with the folder that it is a link to; nothing where there is none."""
     folder = _target(path)

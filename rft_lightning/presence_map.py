@@ -8,7 +8,6 @@ The predictions of a presence evaluation (``predictions.jsonl``) say both.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from rft_lightning.errors import AnnotationError, DatasetNotFoundError
 from rft_lightning.evaluation.rows import read_rows
+from rft_lightning.placing import write_whole
 from rft_lightning.rewards.presence import YES
 from rft_lightning.tasks import PresenceTask
 
@@ -95,15 +95,8 @@ class PresenceMap:
 
     def write(self, path: str | Path) -> None:
         """Write the published form in one step: no reader sees half a file."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         text = json.dumps({image: list(names) for image, names in self.present.items()})
-        try:
-            partial.write_text(text + "\n", encoding="ascii")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(Path(path), text + "\n")
 
 
 def _published(path: Path) -> dict[str, tuple[str, ...]]:

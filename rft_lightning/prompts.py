@@ -149,16 +149,19 @@ class _PicturesOnce:
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
-        self._results: dict[int, Any] = {}
+        # With the picture: were it gone, another one could have its id.
+        self._results: dict[int, tuple[Any, Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._processor, name)
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
-        ((image,),) = images
+        image = images
+        while isinstance(image, list | tuple):  # families nest a single picture differently
+            (image,) = image
         if id(image) not in self._results:
-            self._results[id(image)] = self._processor(images, *args, **kwargs)
-        return copy.copy(self._results[id(image)])
+            self._results[id(image)] = image, self._processor(images, *args, **kwargs)
+        return copy.copy(self._results[id(image)][1])
 
 
 @contextmanager
@@ -167,7 +170,7 @@ def _pictures_once(processor: Any) -> Iterator[Callable[[Sample], Image.Image]]:
 
     Reading and resizing are nearly all of a prompt's cost, and evaluation asks for every category of a picture.
     """
-    loaded: dict[Any, Image.Image] = {}  # also keeps them alive: an object made later must not have the same id
+    loaded: dict[Any, Image.Image] = {}
 
     def load(sample: Sample) -> Image.Image:
         key = sample.image if isinstance(sample.image, Path) else id(sample.image)

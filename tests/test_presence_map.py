@@ -133,7 +133,7 @@ def test_what_is_written_is_read(tmp_path_factory, present):
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "map.json"
     PresenceMap({"1": ("cat",)}).write(file)
-    monkeypatch.setattr("rft_lightning.presence_map.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("rft_lightning.placing.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         PresenceMap({"2": ()}).write(file)
     assert PresenceMap.load(file).present == {"1": ("cat",)}

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TextIO
 
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.evaluation.rows import line_of, read_rows
+from rft_lightning.placing import write_whole
 
 PARTS, SETTINGS = "parts", ".settings.json"
 
@@ -40,9 +41,7 @@ class Parts:
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Say what the answers will depend on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self._settings.with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, self._settings)
+        write_whole(self._settings, json.dumps(settings, indent=1) + "\n")
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows of all files. What was cut off is removed.

@@ -9,9 +9,8 @@ metric callbacks log, without prefix), `per_class` (class -> value, the largest 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from rft_lightning.boxes import valid_boxes
 from rft_lightning.evaluation.rows import line_of, prediction_of
+from rft_lightning.placing import write_whole
 from rft_lightning.presence_map import PresenceMap
 from rft_lightning.sample import ClassTarget, DetectionTarget, Prediction, PresenceTarget
 
@@ -55,17 +55,16 @@ def write_results(
     callbacks = list(metrics)
     record = {"version": VERSION, "experiment": dict(experiment), **scores_of(predictions, callbacks)}
     detections = [p for p in predictions if isinstance(p.target, DetectionTarget)]
-    write = _writer(folder)
-    write(PREDICTIONS, "".join(map(line_of, rows)))
-    write(FAILURES, "".join(map(line_of, failures)))
+    write_whole(folder / PREDICTIONS, "".join(map(line_of, rows)))
+    write_whole(folder / FAILURES, "".join(map(line_of, failures)))
     if detections:
         score_from = next((callback.score_from for callback in callbacks if hasattr(callback, "score_from")), SCORES[0])
-        write(RESULTS, json.dumps(coco_results(detections, score_from)) + "\n")
+        write_whole(folder / RESULTS, json.dumps(coco_results(detections, score_from)) + "\n")
     if any(isinstance(prediction.target, PresenceTarget) for prediction in predictions):
         PresenceMap.from_rows(row for row in rows if row["task"] == "presence").write(folder / PRESENCE_MAP)
     if config:
-        write(CONFIG, config)
-    write(METRICS, json.dumps(record, indent=1) + "\n")
+        write_whole(folder / CONFIG, config)
+    write_whole(folder / METRICS, json.dumps(record, indent=1) + "\n")
     return record
 
 
@@ -164,18 +163,6 @@ def coco_results(predictions: Iterable[Prediction], score_from: str) -> list[dic
             entry = {"image_id": prediction.sample.image_id, "category_id": target.category_id}
             entries.append({**entry, "bbox": box, "score": score})
     return entries
-
-
-def _writer(folder: Path) -> Callable[[str, str], None]:
-    """Writes a file of the folder so that no reader sees half of it."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def write(name: str, text: str) -> None:
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
-        os.replace(partial, folder / name)
-
-    return write
 
 
 __all__ = [

@@ -47,7 +47,7 @@ from rft_lightning.sample import (
 from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask, PresenceTask
 
 # Task by its name in a row, for rows that are read: with the paper's rewards, which scoring does not use.
-_TASKS = {task.name: task for task in (ClassificationTask, DetectionTask, GroundingTask, PresenceTask)}
+_TASKS = {task.name: task() for task in (ClassificationTask, DetectionTask, GroundingTask, PresenceTask)}
 # Keys of a row, what they hold, and how that is called.
 _KINDS: tuple[tuple[tuple[str, ...], type, str], ...] = (
     (("text", "label", "thought", "question", "asked"), str, "a string"),
@@ -110,7 +110,7 @@ def prediction_of(row: Mapping[str, Any]) -> Prediction:
         id=str(row["id"]),
         image=Path(row.get("image") or "."),
         target=None if target is None else _TARGETS[name](target, _size(row)),
-        task=_TASKS[name](),
+        task=_TASKS[name],
         image_size=_size(row) or (0, 0),
         image_id=row.get("image_id", row["id"]),
         question=row.get("question"),
@@ -318,7 +318,7 @@ def _detection_target(row: Mapping[str, Any], size: tuple[int, int] | None) -> D
         row["boxes"],
         category=str(row.get("category") or ""),
         category_id=int(row["category_id"]),
-        areas=row.get("areas") if row.get("areas") is not None else None,
+        areas=row.get("areas"),
         ignore_boxes=row.get("ignore_boxes"),
         ignore_areas=row.get("ignore_areas"),
         image_size=size,
