@@ -608,18 +608,24 @@ HOSTILE += ["{'Position': [1,2,3,4]}", "{'point': (1,2)}", "position:[", "positi
 @pytest.mark.parametrize("unit", HOSTILE)
 @pytest.mark.parametrize("opening", ["", "<answer>", "<answer>{'Position': [1,"])
 def test_time_grows_as_the_text_does(opening: str, unit: str):
-    short, long = (_seconds(opening + unit * (size // len(unit))) for size in (100_000, 200_000))
-    # Linear doubles, quadratic quadruples; a twentieth of a second is within the noise.
-    assert long < 3 * max(short, 0.05)
+    texts = [opening + unit * (size // len(unit)) for size in (50_000, 200_000)]
+    assert any(_grows_linearly(*texts) for _ in range(6))
+
+
+def _grows_linearly(short: str, long: str) -> bool:
+    """Whether a text four times as long takes less than eight times as long: linear is 4, quadratic 16.
+
+    A busy machine spoils one measurement or another; what is quadratic is so in each.
+    """
+    return _seconds(long) < 8 * max(_seconds(short), 0.02)
 
 
 def _seconds(text: str) -> float:
-    """Fastest of two runs, in processor time and without garbage collection, which grows with what lives elsewhere."""
-    times = []
-    for _ in range(2):
-        gc.disable()
+    """In processor time and without garbage collection, which grows with what lives elsewhere."""
+    gc.disable()
+    try:
         start = time.process_time()
         parse_answer(text)
-        times.append(time.process_time() - start)
+        return time.process_time() - start
+    finally:
         gc.enable()
-    return min(times)

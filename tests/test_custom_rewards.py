@@ -60,7 +60,7 @@ def impatient(monkeypatch):
     event = threading.Event()
     yield event
     event.set()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while stuck_calls() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert stuck_calls() == 0
@@ -255,12 +255,12 @@ def test_a_failure_leaves_the_other_rewards_alone():
 
 
 def sleep(answer, target):
-    time.sleep(1.5)
+    time.sleep(2.5)
     return 1.0
 
 
 def compute_in_c(answer, target):
-    ctypes.CDLL(None).usleep(1_500_000)  # lets go of the interpreter, and cannot be stopped
+    ctypes.CDLL(None).usleep(2_500_000)  # lets go of the interpreter, and cannot be stopped
     return 1.0
 
 
@@ -269,7 +269,7 @@ def test_a_reward_that_hangs_is_left_behind(reward, impatient, caplog):
     start = time.monotonic()
     with caplog.at_level(logging.WARNING):
         assert score(reward, reward_time_limit=0.1) == (0.0, 1)
-    assert time.monotonic() - start < 1.2
+    assert time.monotonic() - start < 2.2
     assert "did not return within 0.1 seconds" in caplog.records[0].getMessage()
     assert score(lambda answer, target: 0.5) == (0.5, 0)  # the next call has a thread of its own
     with pytest.raises(RewardError, match=r"did not return within 0\.1 seconds.*'flowers/3'"):
@@ -400,7 +400,7 @@ def test_a_call_costs_little():
             guarded(ANSWER, TARGET, rules="strict", step=0, sample_id="?")
         return (time.perf_counter() - start) / 300
 
-    assert min(seconds() for _ in range(10)) < 2e-4
+    assert any(seconds() < 2e-4 for _ in range(50))  # a busy machine spoils some
 
 
 # Travelling
