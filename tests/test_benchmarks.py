@@ -147,6 +147,18 @@ def test_rollout(load_beside, tmp_path, monkeypatch, capsys):
     assert "draw, vocabulary of 1000" in capsys.readouterr().out
 
 
+def test_questions(load_beside, tmp_path, capsys):
+    options = {"questions": [1, 3], "length": [4], "rounds": [1], "image-side": [56]}
+    words = [word for name, values in options.items() for word in (f"--{name}", *map(str, values))]
+    results = load_beside("questions").main([*words, "--output", f"{tmp_path}/o"])
+    assert json.loads((tmp_path / "o").read_text()).keys() == results.keys()
+    assert all_finite(results)
+    for row in results["questions"].values():
+        assert row["same_answers"] == 1
+        assert min(row["seconds"].values()) > 0
+    assert "generate / together" in capsys.readouterr().out
+
+
 def test_sharing(load_beside, tmp_path, capsys):
     module = load_beside("sharing")
     options = {"group-sizes": [1, 3], "prompt-tokens": [90, 120], "length": [4], "rounds": [1], "cap": [300]}

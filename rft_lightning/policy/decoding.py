@@ -29,6 +29,7 @@ from rft_lightning.policy.families import (
 from rft_lightning.policy.group_attention import as_mask, install, merged, part, same_dtype
 from rft_lightning.policy.group_cache import GroupCache, captured
 from rft_lightning.policy.lean_step import lean_step
+from rft_lightning.policy.prefill import prefill
 from rft_lightning.policy.prompt_inputs import model_inputs
 from rft_lightning.sample import PromptBatch
 
@@ -73,12 +74,21 @@ class SharedDecoder:
         group_size: G.
         at_once: prompts whose groups grow at the same time; the others wait until rows are finished.
         capture: replay the decode step as a CUDA graph, recorded anew when its shapes change.
+        share: compute what questions about one picture have in common once; see :func:`prefill`.
     """
 
     def __init__(
-        self, model: nn.Module, prompts: PromptBatch, group_size: int, *, at_once: int, capture: bool = False
+        self,
+        model: nn.Module,
+        prompts: PromptBatch,
+        group_size: int,
+        *,
+        at_once: int,
+        capture: bool = False,
+        share: bool = True,
     ) -> None:
         install()
+        self.share = share
         self.model, self.prompts, self.group_size = model, prompts, group_size
         self.device, self.waiting = prompts.input_ids.device, len(prompts)
         self.most_rows, self.capture = at_once * group_size, capture
@@ -114,34 +124,20 @@ class SharedDecoder:
         return rows
 
     def _prefill(self, prompts: PromptBatch) -> None:
-        from transformers import DynamicCache
-
         count, new = len(prompts), len(prompts) * self.group_size
-        cache = DynamicCache(config=base_model(self.model).config)
-        positions, next_position = prompt_positions(self.model, prompts)
-        output = self.model(
-            input_ids=prompts.input_ids,
-            attention_mask=prompts.attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **model_inputs(prompts),
-        )
+        logits, layers = prefill(self.model, prompts, share=self.share)
+        next_position = prompt_positions(self.model, prompts)[1]
         groups = len(self.lengths)
         self.lengths += prompts.lengths
         self.group_of += [groups + i for i in range(count) for _ in range(self.group_size)]
         self.born += [self.steps] * new
-        logits = output.logits[:, -1].repeat_interleave(self.group_size, 0)
+        logits = logits.repeat_interleave(self.group_size, 0)
         self.logits = torch.cat([self.logits, logits]) if self.steps else logits
         self.position = torch.cat([self.position, next_position.repeat_interleave(self.group_size)])
         self.length = torch.cat([self.length, self.length.new_zeros(new)])
         width = self.prompts.input_ids.shape[1]
-        self.layers = self.layers or [GroupCache() for _ in cache.layers]
-        filled: Any
-        for layer, filled in zip(self.layers, cache.layers, strict=True):
-            # Under autocast the cache keeps both in the dtype of the first keys it was given.
-            keys, values = same_dtype(filled.keys, filled.values)
+        self.layers = self.layers or [GroupCache() for _ in layers]
+        for layer, (keys, values) in zip(self.layers, layers, strict=True):
             layer.add(keys, values, width, new, self.room)
 
     def keep(self, rows: list[int]) -> None:

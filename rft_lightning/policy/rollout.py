@@ -117,7 +117,7 @@ def sample_groups(
             decoder: Decoder = CacheDecoder(model, chunk, group_size)
             if shared:
                 capture = cuda_graphs and device.type == "cuda"
-                decoder = SharedDecoder(model, chunk, group_size, at_once=at_once, capture=capture)
+                decoder = SharedDecoder(model, chunk, group_size, at_once=at_once, capture=capture, share=alone)
             parts.append(grow(decoder, keys_N, sampling, lengths, ends, pad, forbidden, anyone))
     ids_NC = torch.cat([_widened(ids, max_completion_length, pad) for ids, _ in parts])
     logprobs = [_widened(logp, max_completion_length, 0.0) for _, logp in parts if logp is not None]
