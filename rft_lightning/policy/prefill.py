@@ -127,7 +127,8 @@ def _run(model: Any, prompts: PromptBatch, mask: Tensor, cache: Any, **inputs: A
 
 def _stored(cache: Any) -> list[KeysAndValues]:
     # Under autocast the cache keeps both in the dtype of the first keys it was given.
-    return [same_dtype(layer.keys, layer.values) for layer in cache.layers]
+    pairs = (same_dtype(layer.keys, layer.values) for layer in cache.layers)
+    return [(keys, values) for keys, values in pairs]
 
 
 def _cut(prompts: PromptBatch, starts: list[int], stops: list[int]) -> PromptBatch:
