@@ -72,6 +72,11 @@ class MetricCallback(Callback, ABC):
     def compute(self) -> tuple[dict[str, float], dict[str, float]]:
         """Numbers to log, and the value per class; called on every rank, whether it saw samples or not."""
 
+    @property
+    def scoring(self) -> dict[str, str]:
+        """By which rules it scores, in facts that an evaluation states with its numbers; none by default."""
+        return {}
+
     def summary(self) -> str:
         """One line about `results`, printed after a run; empty for none. Says what the numbers depend on."""
         return ""
@@ -128,6 +133,12 @@ class MetricCallback(Callback, ABC):
         if kept:
             self.complete(kept)
 
+    def choose_from(self, predictions: Sequence[Prediction]) -> None:
+        """Look at all predictions of a file before :meth:`score` is called with some of them; nothing here.
+
+        For what an evaluation does with the answers about a picture together, whatever is chosen of them.
+        """
+
     def score(self, predictions: Sequence[Prediction]) -> tuple[dict[str, float], dict[str, float]]:
         """Numbers and value per class of predictions that are complete, on this process alone and on the CPU.
 
@@ -166,20 +177,20 @@ class MetricCallback(Callback, ABC):
             self._update(kept, loader)
 
     def _update(self, predictions: list[Prediction], loader: int) -> None:
-        asked = [prediction for prediction in predictions if not prediction.unasked]
-        names = [loader_id(prediction.sample.id, loader) for prediction in asked]
-        self.parse_rate.update([prediction.answer for prediction in asked], names)
         ids = [loader_id(prediction.sample.id, loader) for prediction in predictions]
+        unasked = [prediction.unasked for prediction in predictions]
+        self.parse_rate.update([prediction.answer for prediction in predictions], ids, unasked=unasked)
         self.update(predictions, [prediction.target for prediction in predictions], ids, loader)
 
     def _add_unasked(self, trainer: Trainer, prefix: str) -> None:
         """What a presence map kept from being asked counts as answered with nothing; rank zero knows all of it."""
         data = getattr(trainer, "datamodule", None)
         if data is not None and trainer.is_global_zero and not trainer.sanity_checking:
-            self._update(self._measured([unasked(sample) for sample in data.unasked(prefix)]), 0)
+            left = data.unasked(prefix, questions_asked(trainer, data, prefix))
+            self._update(self._measured([unasked(sample) for sample in left]), 0)
 
     def _compute(self) -> int:
-        """Set `results` and `per_class`; the number of samples.
+        """Set `results` and `per_class`; the number of questions that were asked.
 
         compute() syncs, so every rank calls it whatever it saw; only the synced count says whether there is anything.
         """
@@ -188,17 +199,19 @@ class MetricCallback(Callback, ABC):
         for metric in self._all_metrics():
             metric.reset()
         count = int(parsed["n_samples"])
-        self.results = {**results, "parse_rate": float(parsed["parse_rate"])} if count else {}
-        self.per_class = per_class if count else {}
+        # What was not asked counts as missed, also where nothing else is left.
+        measured = count + int(parsed["n_unasked"]) > 0
+        self.results = {**results, "parse_rate": float(parsed["parse_rate"])} if measured else {}
+        self.per_class = per_class if measured else {}
         return count
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
         self._add_unasked(trainer, prefix)
         count = self._compute()
-        if count == 0:
+        if not self.results:
             return
         named = {f"{prefix}/{name}": value for name, value in self.results.items()}
-        pl_module.log_dict(named, rank_zero_only=False, sync_dist=False, batch_size=count)
+        pl_module.log_dict(named, rank_zero_only=False, sync_dist=False, batch_size=max(count, 1))
         if self.summary() and not trainer.sanity_checking:
             rank_zero_info(f"{prefix}: {self.summary()}, over {count} samples")
         if self.per_class and not trainer.sanity_checking and trainer.is_global_zero:
@@ -224,6 +237,23 @@ def loader_id(value: SampleId, loader: int) -> SampleId:
     return f"{loader}/{value}" if loader else value
 
 
+def questions_asked(trainer: Trainer, data: Any, split: str) -> int | None:
+    """How many questions of "val" or "test", the first ones, all processes asked; None where the Trainer limits none.
+
+    Args:
+        trainer: with ``limit_val_batches`` and ``limit_test_batches``, which count for each process on its own.
+        data: the datamodule; its EvaluationSampler deals batches out to the processes in turn, so that what they asked
+            together stands at the beginning.
+        split: val or test.
+    """
+    limit = getattr(trainer, f"limit_{split}_batches")
+    size, at_once, processes = len(data.split(split)), data.eval_batch_size, trainer.world_size
+    batches = range(0, size, at_once)
+    dealt = [len(batches[rank::processes]) for rank in range(processes)]
+    done = sum(int(count * limit) if isinstance(limit, float) else min(count, limit) for count in dealt)
+    return None if done == len(batches) else min(done * at_once, size)
+
+
 def write_table(logger: Any, name: str, title: str, values: Mapping[str, float], step: int) -> None:
     """Write class -> value as one table to loggers that can show it: a table (W&B) or text (TensorBoard)."""
     if hasattr(logger, "log_table"):
@@ -233,4 +263,4 @@ def write_table(logger: Any, name: str, title: str, values: Mapping[str, float],
         logger.experiment.add_text(name, "\n".join([f"| class | {title} |", "| --- | ---: |", *rows]), step)
 
 
-__all__ = ["MetricCallback", "loader_id", "predictions_of", "write_table"]
+__all__ = ["MetricCallback", "loader_id", "predictions_of", "questions_asked", "write_table"]

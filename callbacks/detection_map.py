@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,7 +13,9 @@ from rft_lightning.callbacks.base import MetricCallback, loader_id
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.evaluation.results import SCORES, box_scores, evaluated_boxes
 from rft_lightning.metrics import ClassNames, COCOMeanAveragePrecision, LVISAveragePrecision, MatchedIoU
+from rft_lightning.metrics.ap_matching import falling
 from rft_lightning.metrics.base import SampleId
+from rft_lightning.metrics.lvis_ap import MAX_DETECTIONS
 from rft_lightning.sample import DetectionTarget, Prediction
 
 PROTOCOLS = ("coco", "lvis", "lvis_published_code")
@@ -66,10 +70,30 @@ class DetectionMAP(MetricCallback):
             self.average_precision = LVISAveragePrecision(protocol=published, on_conflict="first")
         self.matched_iou = MatchedIoU()
         self._asked: dict[tuple[SampleId, int], SampleId] = {}
+        self._places: dict[SampleId, int] = {}
+        self._within_cap: dict[str, Tensor] = {}
         self.names = ClassNames()
 
     def metrics(self) -> list[Any]:
         return [self.average_precision, self.matched_iou, self.names]
+
+    def choose_from(self, predictions: Sequence[Prediction]) -> None:
+        """See the base class: the cap of LVIS holds for a picture, over all classes, those left out included."""
+        if self.protocol != "coco":
+            self._within_cap = _within_cap(self._measured(predictions), self.score_from)
+
+    def score(self, predictions: Sequence[Prediction]) -> tuple[dict[str, float], dict[str, float]]:
+        """See the base class.
+
+        Ties go by image id as it is, numbers before strings. Only who knows all pictures can number them so: in
+        validation and test over several processes, strings have the order of a hash.
+        """
+        images = {prediction.sample.image_id for prediction in self._measured(predictions)}
+        self._places = {image: place for place, image in enumerate(sorted(images, key=_by_kind))}
+        try:
+            return super().score(predictions)
+        finally:
+            self._places, self._within_cap = {}, {}
 
     def update(self, predictions: list[Prediction], targets: list[Any], ids: list[SampleId], loader: int) -> None:
         preds = [self._detections(p, target) for p, target in zip(predictions, targets, strict=True)]
@@ -82,7 +106,8 @@ class DetectionMAP(MetricCallback):
                     f"image {image!r}, and only one answer can be scored. Give each picture an image_id of its own, "
                     "and ask once."
                 )
-        truth = [_objects(target, image) for target, image in zip(targets, images, strict=True)]
+        places = [self._places.get(image, image) for image in images]
+        truth = [_objects(target, place) for target, place in zip(targets, places, strict=True)]
         self.average_precision.update(preds, truth)
         self.matched_iou.update([prediction.answer for prediction in predictions], targets, ids)
         self.names.update({target.category_id: target.category or str(target.category_id) for target in targets})
@@ -101,13 +126,38 @@ class DetectionMAP(MetricCallback):
         per_class = {name: by_id[key] for key, name in names.items() if key in by_id}
         return dict(zip(found, numbers, strict=True)), per_class
 
+    @property
+    def scoring(self) -> dict[str, str]:
+        return {"ap_protocol": self.protocol, "score_from": self.score_from}
+
     def summary(self) -> str:
         return f"AP {self.results['map']:.4f} ({self.protocol}, scores from {self.score_from})"
 
     def _detections(self, prediction: Prediction, target: DetectionTarget) -> dict[str, Tensor]:
-        boxes = evaluated_boxes(prediction.answer.boxes)
-        labels = torch.full((len(boxes),), target.category_id)
-        return {"boxes": boxes, "scores": box_scores(prediction, self.score_from), "labels": labels}
+        boxes, scores = evaluated_boxes(prediction.answer.boxes), box_scores(prediction, self.score_from)
+        kept = self._within_cap.get(prediction.sample.id)
+        if kept is not None:
+            boxes, scores = boxes[kept], scores[kept]
+        return {"boxes": boxes, "scores": scores, "labels": torch.full((len(boxes),), target.category_id)}
+
+
+def _by_kind(image: SampleId) -> tuple[bool, SampleId]:
+    return isinstance(image, str), image
+
+
+def _within_cap(predictions: Iterable[Prediction], score_from: str) -> dict[str, Tensor]:
+    """Sample id -> [K] whether each box is among those of the highest scores of its picture; ties as in the metric."""
+    pictures: dict[SampleId, list[Any]] = defaultdict(list)
+    for prediction in predictions:
+        pictures[prediction.sample.image_id].append(prediction)
+    found: dict[str, Tensor] = {}
+    for asked in pictures.values():
+        asked.sort(key=lambda prediction: prediction.target.category_id)
+        scores = [box_scores(prediction, score_from) for prediction in asked]
+        kept = torch.zeros(sum(map(len, scores)), dtype=torch.bool)
+        kept[falling(torch.cat(scores))[:MAX_DETECTIONS]] = True
+        found |= {p.sample.id: part for p, part in zip(asked, kept.split(list(map(len, scores))), strict=True)}
+    return found
 
 
 def _objects(target: DetectionTarget, image: SampleId) -> dict[str, Any]:

@@ -28,6 +28,10 @@ class GroundingIoU(MetricCallback):
         super().__init__()
         self.box_iou = BoxIoU(strict=strict)
 
+    @property
+    def scoring(self) -> dict[str, str]:
+        return {"acc_50": "strict" if self.box_iou.strict else "at least"}
+
     def metrics(self) -> list[Metric]:
         return [self.box_iou]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 from torchmetrics import Metric
 
 from rft_lightning.callbacks.base import MetricCallback
@@ -11,6 +13,8 @@ from rft_lightning.metrics import MaskIoU
 from rft_lightning.metrics.base import SampleId
 from rft_lightning.sample import GroundingTarget, Prediction
 from rft_lightning.segmenter import Segmenter, add_masks, as_segmenter
+
+_PART = 64
 
 
 class GroundingMaskIoU(MetricCallback):
@@ -39,10 +43,15 @@ class GroundingMaskIoU(MetricCallback):
         super().__init__()
         self.segmenter = None if segmenter is None else as_segmenter(segmenter)
         self.mask_iou = MaskIoU(protocol=protocol)
+        self._some_have_masks = False
+
+    @property
+    def scoring(self) -> dict[str, str]:
+        return {"mask_protocol": self.mask_iou.protocol}
 
     def complete(self, predictions: list[Prediction]) -> None:
         """Make the masks that are missing, on the device of the module."""
-        lacking = [item for item in predictions if item.answer.mask is None and _has_regions(item)]
+        lacking = [item for item in predictions if not item.answer.has_mask and _has_regions(item)]
         if self.segmenter is None or not lacking:
             return
         add_masks(
@@ -62,8 +71,20 @@ class GroundingMaskIoU(MetricCallback):
     def metrics(self) -> list[Metric]:
         return [self.mask_iou]
 
+    def score(self, predictions: Sequence[Prediction]) -> tuple[dict[str, float], dict[str, float]]:
+        """See the base class; where some answers have masks, those without one count as empty."""
+        self._some_have_masks = any(item.answer.has_mask for item in self._measured(predictions))
+        try:
+            return super().score(predictions)
+        finally:
+            self._some_have_masks = False
+
     def update(self, predictions: list[Prediction], targets: list[Any], ids: list[SampleId], loader: int) -> None:
-        self.mask_iou.update([prediction.answer.mask for prediction in predictions], targets, ids)
+        # In parts: masks of rows are decoded where they are read, and those of a whole data set fill the memory.
+        for start in range(0, len(predictions) or 1, _PART):
+            part = slice(start, start + _PART)
+            masks = [_mask(prediction) for prediction in predictions[part]]
+            self.mask_iou.update(masks, targets[part], ids[part])
 
     def compute(self) -> tuple[dict[str, float], dict[str, float]]:
         return {name: float(value) for name, value in self.mask_iou.compute().items()}, {}
@@ -74,8 +95,15 @@ class GroundingMaskIoU(MetricCallback):
 
     def _update(self, predictions: list[Prediction], loader: int) -> None:
         # Left out here, so that a run without any such sample has no results.
-        scored = [item for item in predictions if item.answer.mask is not None and _has_regions(item)]
+        wanted = [item for item in predictions if _has_regions(item)]
+        scored = wanted if self._some_have_masks else [item for item in wanted if item.answer.has_mask]
         super()._update(scored, loader)
+
+
+def _mask(prediction: Prediction) -> np.ndarray:
+    mask = prediction.answer.mask
+    width, height = prediction.sample.image_size
+    return np.zeros((height, width), dtype=bool) if mask is None else mask
 
 
 def _has_regions(prediction: Prediction) -> bool:

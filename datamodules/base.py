@@ -102,7 +102,7 @@ class RFTDataModule(LightningDataModule, ABC):
         self.batch_size, self.oversample = batch_size, oversample
         self.eval_batch_size, self.num_workers = eval_batch_size, num_workers
         self.seed, self.has_own_seed = run_seed(seed), seed is not None
-        self._encoder_settings: dict[str, Any] = {
+        self.encoder_settings: dict[str, Any] = {
             "min_pixels": min_pixels,
             "max_pixels": max_pixels,
             "system_prompt": system_prompt,
@@ -162,7 +162,7 @@ class RFTDataModule(LightningDataModule, ABC):
                     f"{type(self).__name__} has no processor. From Python give processor=<the policy's checkpoint>; "
                     "on the command line it follows the model's policy."
                 )
-            self._encoder = PromptEncoder(self.processor, **self._encoder_settings)
+            self._encoder = PromptEncoder(self.processor, **self.encoder_settings)
         return self._encoder
 
     def split(self, name: str) -> Sequence[Sample]:
@@ -178,8 +178,13 @@ class RFTDataModule(LightningDataModule, ABC):
             self._splits[name] = samples
         return self._splits[name]
 
-    def unasked(self, split: str) -> Sequence[Sample]:
-        """What `split` would ask about what is there, but a presence map ruled out: samples that count as missed."""
+    def unasked(self, split: str, limit: int | None = None) -> Sequence[Sample]:
+        """What `split` would ask about what is there, but a presence map ruled out: samples that count as missed.
+
+        Args:
+            split: "val", "test" or "predict".
+            limit: those alone that stand before the end of the first questions, so many; all when None.
+        """
         return ()
 
     def row_ids(self) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ from rft_lightning.datamodules import annotation_cache, bad_images
 from rft_lightning.datamodules.fewshot import hash_order
 from rft_lightning.datamodules.selection import with_close_matches
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
+from rft_lightning.metrics.ap_files import check_category_ids
 
 Box = tuple[float, float, float, float]
 RowKey = tuple[int, int]  # (image id, category id)
@@ -29,7 +30,7 @@ _DOWNLOADS = "https://cocodataset.org/#download"
 # Up to so many pictures are looked up one by one, more of them in a listing of their folder.
 _LOOKED_UP = 32
 # Number of the form in which annotations are cached; raised for new checks as well, a cache is not checked again.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _BOX, _CROWD, _NO_AREA = range(3)
 
 
@@ -96,12 +97,15 @@ class COCOAnnotations:
             self._unpack(arrays, folder)
             return
         self._fill(_parse(self.file), folder)
-        with contextlib.suppress(TypeError, ValueError, OverflowError):  # ids that are no integers: not kept
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # ids that are no int64: not kept
             annotation_cache.store(self.file, _CACHE_VERSION, self._pack(folder), before)
 
     def _fill(self, content: Mapping[str, Any], folder: Path) -> None:
         try:
             notes = content["annotations"]
+            self._check_ids("image", content["images"])
+            self._check_ids("category", content["categories"])
+            check_category_ids(content["categories"], str(self.file))
             self.categories = {entry["id"]: entry["name"] for entry in sorted(content["categories"], key=_id)}
             first = {note["image_id"]: note["id"] for note in reversed(notes)}
             self.pictures = {
@@ -112,6 +116,8 @@ class COCOAnnotations:
                 )
                 for entry in content["images"]
             }
+        except AnnotationError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise AnnotationError(_no_instances_file(self.file, error)) from error
         for what, entries in (("image", content["images"]), ("category", content["categories"]), ("annotation", notes)):
@@ -159,6 +165,14 @@ class COCOAnnotations:
             found = self.objects.setdefault(tuple(pair), CategoryObjects())
             if kind != _NO_AREA:
                 found.add(tuple(box), area, is_crowd=kind == _CROWD)
+
+    def _check_ids(self, what: str, entries: Iterable[Mapping[str, Any]]) -> None:
+        for entry in entries:
+            if type(entry["id"]) is not int:
+                raise AnnotationError(
+                    f"{self.file} has the {what} id {entry['id']!r}; expected whole numbers, as in COCO's own files. "
+                    "CustomDetectionDataModule (configs/custom_detection.yaml) reads such files with other ids."
+                )
 
     def _check_names(self) -> None:
         twice = [name for name, count in Counter(self.categories.values()).items() if count > 1]

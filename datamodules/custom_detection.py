@@ -45,10 +45,11 @@ class CustomDetectionDataModule(DetectionDataModule):
     pictures, `val_shots` holds training pictures out; without test pictures, test and prediction use the validation
     pictures (all that is asked about them, `val_limit` does not count there).
 
-    Categories may have any ids; where they are no integers, or the format has no table of them (voc, jsonl), they get
-    1, 2, ... in the order of the file or of their names. What is not annotated is taken to be absent: every object of
-    the classes has to have its box. Crowds (coco) and difficult objects (voc) are no answers and no shots; in
-    evaluation they are neither right nor wrong. A rotation that a file's EXIF data asks for is not applied.
+    The ids of pictures (coco) are whole numbers or strings. Categories may have any ids; where they are no integers, or
+    the format has no table of them (voc, jsonl), they get 1, 2, ... in the order of the file or of their names. What is
+    not annotated is taken to be absent: every object of the classes has to have its box. Crowds (coco) and difficult
+    objects (voc) are no answers and no shots; in evaluation they are neither right nor wrong. A rotation that a file's
+    EXIF data asks for is not applied.
 
     Boxes become xyxy in pixels of half-open ranges. VOC's corners are 1-based and inclusive: (1, 1, w, h) is the whole
     picture and becomes (0, 0, w, h). COCO's are [x, y, width, height]; YOLO's centre, width and height in 0 to 1; those

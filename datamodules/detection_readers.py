@@ -23,10 +23,11 @@ from rft_lightning.datamodules.detection_formats import (
     to_xyxy,
 )
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
+from rft_lightning.metrics.ap_files import check_category_ids
 
 
 class COCOReader(Reader):
-    """COCO JSON: any ids (gaps and strings too), crowds as RLE."""
+    """COCO JSON: whole numbers (gaps too) and strings as ids, crowds as RLE."""
 
     name = "coco"
     tree = "annotations.json (or annotations/{split}.json, instances_{split}.json, {split}.json), images/"
@@ -52,6 +53,7 @@ class COCOReader(Reader):
             check_unique("image id", (entry["id"] for entry in entries), source)
             check_unique("annotation id", (note["id"] for note in notes if "id" in note), source)
             names = {entry["id"]: str(entry["name"]) for entry in listed}
+            _check_image_ids((entry["id"] for entry in entries), source)
             pictures = {entry["id"]: self.attempt(lambda e=entry: self._picture(e, split, source)) for entry in entries}
             for position, note in enumerate(notes):
                 _add_note(note, f"{source}: annotations[{position}] (id {note.get('id')})", names, pictures)
@@ -61,7 +63,9 @@ class COCOReader(Reader):
                 f"{source} is no usable COCO file ({problem}). Expected JSON with `images` (id, file_name), "
                 "`annotations` (image_id, category_id, bbox) and `categories` (id, name)."
             ) from error
-        return Content(_category_ids(names), _with_one_kind_of_ids(p for p in pictures.values() if p is not None))
+        return Content(
+            _category_ids(names, source), _with_one_kind_of_ids(p for p in pictures.values() if p is not None)
+        )
 
     def _picture(self, entry: Mapping[str, Any], split: str | None, source: Path) -> Labelled:
         where = f"{source}: image {entry['id']!r}"
@@ -271,20 +275,41 @@ def _yolo_picture(path: Path, file: Path, names: Mapping[int, str]) -> Labelled:
     return picture
 
 
-def _category_ids(names: Mapping[Any, str]) -> dict[int, str]:
+def _category_ids(names: Mapping[Any, str], source: Path) -> dict[int, str]:
     """Ids as they are if they are integers; else 1, 2, ... in the order of the file."""
     if all(type(key) is int for key in names):
+        check_category_ids(({"id": key, "name": name} for key, name in names.items()), str(source))
         return dict(sorted(names.items()))
     return dict(enumerate(names.values(), start=1))
 
 
 def _with_one_kind_of_ids(pictures: Iterable[Labelled]) -> list[Labelled]:
-    """Ids that are all integers or all strings, so that they can be sorted."""
+    """Ids that are all integers or all strings, so that they can be sorted; 3.0 is 3."""
     pictures = list(pictures)
-    if not all(type(picture.id) is int for picture in pictures):
-        for picture in pictures:
-            picture.id = str(picture.id)
+    strings = any(isinstance(picture.id, str) for picture in pictures)
+    for picture in pictures:
+        picture.id = _string_id(picture.id) if strings else int(picture.id)
     return pictures
+
+
+def _string_id(value: ImageId) -> str:
+    return value if isinstance(value, str) else str(int(value))
+
+
+def _check_image_ids(ids: Iterable[Any], source: Path) -> None:
+    """See that ids are strings and whole numbers, and differ where all of them become strings.
+
+    Raises:
+        AnnotationError: they are not.
+    """
+    found = list(ids)
+    for value in found:
+        if not isinstance(value, str | int | float) or (isinstance(value, float) and not value.is_integer()):
+            raise AnnotationError(
+                f"{source} has the image id {value!r}; expected a whole number or a string. Number the images, here "
+                "and in the annotations."
+            )
+    check_unique("image id", map(_string_id, found), source)
 
 
 def _pictures_in(folder: Path) -> list[Path]:

@@ -95,9 +95,15 @@ class MixtureDataModule(RFTDataModule):
         """See the base class."""
         return MixedSamples([part.split(split) for part in self.parts().values()])
 
-    def unasked(self, split: str) -> Sequence[Sample]:
-        """See the base class: those of all members."""
-        return MixedSamples([part.unasked(split) for part in self.parts().values()])
+    def unasked(self, split: str, limit: int | None = None) -> Sequence[Sample]:
+        """See the base class: those of all members, which are asked one after the other."""
+        found = []
+        for part in self.parts().values():
+            if limit is not None and limit <= 0:
+                break
+            found.append(part.unasked(split, limit))
+            limit = None if limit is None else limit - len(part.split(split))
+        return MixedSamples(found)
 
     def train_sampler(self, size: int, *, rank: int, world_size: int) -> RolloutBatchSampler:
         """See the base class."""
@@ -127,7 +133,7 @@ class MixtureDataModule(RFTDataModule):
         """Give a member what the mixture has; the processor is known only after it was made."""
         for name in _SHARED:
             setattr(data, name, getattr(self, name))
-        data._encoder_settings = self._encoder_settings
+        data.encoder_settings = self.encoder_settings
         data._encoder = None if self.processor is None else self.encoder
 
 
@@ -232,7 +238,7 @@ class MixedSamples(Sequence):
 
 
 def _shared(data: RFTDataModule) -> dict[str, Any]:
-    return {**{name: getattr(data, name) for name in _SHARED}, **data._encoder_settings}
+    return {**{name: getattr(data, name) for name in _SHARED}, **data.encoder_settings}
 
 
 __all__ = ["Member", "MixedSamples", "MixtureBatchSampler", "MixtureDataModule"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,10 @@ from rft_lightning.sample import Sample
 from rft_lightning.tasks import DetectionTask, PresenceTask
 
 QUERY_MODES = ("all", "gt", "map")
+_PREDICTIONS = (
+    "If it asked for all of them, give its predictions.jsonl, which says so, in place of this file: `rft evaluate` "
+    "then counts all objects as missed."
+)
 
 
 class QueriedDataModule(LabelledDataModule):
@@ -28,7 +33,9 @@ class QueriedDataModule(LabelledDataModule):
     others, those with a box are :meth:`unasked` and count as missed, and those without are right to be left out. So
     `val_shots`, `val_limit` and a manifest choose among the same rows in both modes. Every chosen picture has to be in
     the map. A category that the published form of a map names nowhere is not asked, with a warning, since that form
-    does not say what was asked; pictures of the map that the split does not have are counted in a warning.
+    does not say what was asked; pictures of the map that the split does not have are counted in a warning. Where the
+    predictions of a first stage show that it asked everything and found nothing, the split is empty, with a warning:
+    `rft evaluate` then asks nothing and counts every object as missed.
 
     Args:
         negative_fraction: share of training rows, in [0, 1), that ask for what the picture does not show.
@@ -40,7 +47,7 @@ class QueriedDataModule(LabelledDataModule):
 
     Raises:
         ConfigConflictError: an argument is out of its range or contradicts another one, or (in `samples`) the map does
-            not fit the data.
+            not fit the data; or (in `setup`) it leaves nothing to ask, which no loop of a Trainer can do.
         DatasetNotFoundError: (in `samples`) there is no such map.
         AnnotationError: (in `samples`) the map cannot be used.
     """
@@ -72,7 +79,8 @@ class QueriedDataModule(LabelledDataModule):
         self.presence_map = None if presence_map is None else Path(presence_map).expanduser()
         self.task = task if task is not None else DetectionTask()
         self._asked_rows: dict[str, list[Row]] = {}
-        self._unasked: dict[str, Sequence[Sample]] = {}
+        # With each split's, how many questions come before it.
+        self._unasked: dict[str, tuple[SampleRows, list[int]]] = {}
 
     @abstractmethod
     def pictures(self, split: str) -> Collection[ImageId]:
@@ -90,28 +98,51 @@ class QueriedDataModule(LabelledDataModule):
             self._asked_rows[name] = [row for row in drawn if found.asks(row.image, row.label)]
         return self._asked_rows[name]
 
+    def split(self, name: str) -> Sequence[Sample]:
+        """See the base class; empty where a first stage that asked everything found nothing of what is there."""
+        if name not in self._splits and self.unasked(name) and not self.chosen(name):
+            self._splits[name] = self.samples(name)
+        return super().split(name)
+
+    def setup(self, stage: str) -> None:
+        """See the base class."""
+        super().setup(stage)
+        if empty := [name for name, samples in self._splits.items() if not samples]:
+            raise ConfigConflictError(
+                f"By the presence map {self.presence_map} there is nothing to ask in the {empty[0]} split, and a loop "
+                "without a question measures nothing. `rft evaluate` counts all objects as missed."
+            )
+
     def samples(self, split: str) -> Sequence[Sample]:
         """See the base class."""
         self.unasked(split)  # while the annotations are at hand
         return super().samples(split)
 
-    def unasked(self, split: str) -> Sequence[Sample]:
+    def unasked(self, split: str, limit: int | None = None) -> Sequence[Sample]:
         """See the base class."""
         if self.query_mode != "map" or split == "train":
             return ()
         if split not in self._unasked:
-            rows = self._spared(split)
-            self._unasked[split] = SampleRows(rows, self.maker(self.source(split), rows))
-        return self._unasked[split]
+            rows, before = self._spared(split)
+            self._unasked[split] = SampleRows(rows, self.maker(self.source(split), rows)), before
+        samples, before = self._unasked[split]
+        return samples if limit is None else samples[: bisect_left(before, limit)]
 
-    def _spared(self, split: str) -> list[Row]:
-        """Rows about what is there that the map does not ask."""
+    def _spared(self, split: str) -> tuple[list[Row], list[int]]:
+        """Rows about what is there that the map does not ask, and how many questions come before each."""
         asked = {row.id for row in self.chosen(split)}
-        return [row for row in self.drawn(split) if row.instances and row.id not in asked]
+        rows, before, count = [], [], 0
+        for row in self.drawn(split):
+            if row.id in asked:
+                count += 1
+            elif row.instances:
+                rows.append(row)
+                before.append(count)
+        return rows, before
 
     def _summary(self, split: str) -> dict[str, Any]:
         mapped = self.query_mode == "map" and split != "train"
-        return {**super()._summary(split), **({"unasked": len(self._spared(split))} if mapped else {})}
+        return {**super()._summary(split), **({"unasked": len(self._spared(split)[0])} if mapped else {})}
 
     @cached_property
     def _presence(self) -> PresenceMap:
@@ -146,11 +177,19 @@ class QueriedDataModule(LabelledDataModule):
                     f"split, such as {open_pairs[0].label!r} in image {open_pairs[0].image}. Run the first stage with "
                     "the same data.classes, or give data.classes that it was run with."
                 )
-        if rows and not any(found.asks(row.image, row.label) for row in rows):
+        if not rows or any(found.asks(row.image, row.label) for row in rows):
+            return
+        nothing = f"By the presence map {found.source} no picture of the {split} split shows any of the wanted classes"
+        if found.answered is None:
             raise ConfigConflictError(
-                f"By the presence map {found.source} no picture of the {split} split shows any of the wanted classes, "
-                "so there is nothing to ask. Is it of another data set? Else look at the answers of the first stage."
+                f"{nothing}, so there is nothing to ask. Is it of another data set? Else look at the answers of the "
+                f"first stage. {_PREDICTIONS}"
             )
+        warnings.warn(
+            f"{nothing}: all {len(rows)} answers of the first stage are no, or could not be read. Nothing is asked, "
+            "and all objects count as missed.",
+            stacklevel=2,
+        )
 
 
 def _check_names(found: PresenceMap, wanted: set[str]) -> None:
@@ -159,11 +198,16 @@ def _check_names(found: PresenceMap, wanted: set[str]) -> None:
     unknown = sorted(wanted - names)
     if not unknown:
         return
+    if not names:
+        raise ConfigConflictError(
+            f"The presence map {found.source} names no category in any of its {len(found.present)} pictures: all "
+            f"answers of the first stage were no, or could not be read, so there is nothing to ask. {_PREDICTIONS}"
+        )
     matches = "; ".join(with_close_matches(name, names) for name in unknown[:5]) + "; ..." * (len(unknown) > 5)
     if len(unknown) == len(wanted):
         raise ConfigConflictError(
             f"The presence map {found.source} names none of the wanted classes: {matches}. It names "
-            f"{', '.join(map(repr, sorted(names)[:20])) or 'nothing'}. Give a map of the same data set and classes, or "
+            f"{', '.join(map(repr, sorted(names)[:20]))}. Give a map of the same data set and classes, or "
             "spell its names as the data set does."
         )
     warnings.warn(

@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-CARD, CONFIG, ROWS = "README.md", "rft_config.yaml", "rft_rows.json"
+from rft_lightning.errors import CheckpointError
+
+CARD, CONFIG, ROWS, RUN = "README.md", "rft_config.yaml", "rft_rows.json", "rft_run.json"
 # Rows of a split beyond this are stated by count and hash alone.
 _MOST_IDS = 20_000
 
 
 def run_facts(module: Any) -> dict[str, Any]:
     """What a checkpoint says of its run, as plain data: method, steps, versions, configuration, rows and metrics.
+
+    Also the runs `before` it, which made the policy that it started from: see :func:`runs_of`.
 
     Args:
         module: a PolicyModule with a Trainer.
@@ -38,9 +43,45 @@ def run_facts(module: Any) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "config": module.run_configuration,
+        "before": runs_of(module.checkpoint),
         "rows": _rows(getattr(trainer, "datamodule", None)),
         "metrics": metrics,
     }
+
+
+def runs_of(policy: str) -> list[dict[str, Any]]:
+    """The runs that made a policy, the first one first; none of a folder that no run exported.
+
+    Args:
+        policy: name or folder of a Hugging Face checkpoint.
+
+    Raises:
+        CheckpointError: what the folder says of its run cannot be read.
+    """
+    folder = Path(policy).expanduser()
+    file, config = folder / RUN, folder / CONFIG
+    if not file.is_file() and not config.is_file():
+        return []
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        text = config.read_text(encoding="utf-8") if config.is_file() else None
+        return [*facts["before"], run_of({**facts, "config": text})]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{folder} does not say what trained it: expected {RUN} and {CONFIG} as an export writes them, but "
+            f"{type(error).__name__}: {error}. Export the policy again, or remove both files from the folder."
+        ) from error
+
+
+def run_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run with its `steps`; of one without a configuration, what is known.
+
+    Args:
+        facts: see :func:`run_facts`.
+    """
+    text = facts.get("config")
+    config = yaml.safe_load(text) if text else {"model": {"class_path": facts.get("method")}}
+    return {**config, "steps": facts.get("steps")}
 
 
 def configuration(trainer: Any) -> str | None:
@@ -62,7 +103,7 @@ def _rows(data: Any) -> dict[str, Any]:
 
 
 def write_card(folder: Path, base: str, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Write the card, and beside it the configuration and the rows.
+    """Write the card, and beside it the configuration, the rows, and what :func:`runs_of` reads.
 
     Args:
         folder: of the exported policy.
@@ -73,6 +114,8 @@ def write_card(folder: Path, base: str, settings: Mapping[str, Any], facts: Mapp
     (folder / CARD).write_text(card(base, settings, facts), encoding="utf-8")
     if facts.get("config"):
         (folder / CONFIG).write_text(facts["config"], encoding="utf-8")
+    run = {name: facts.get(name) for name in ("method", "steps")} | {"before": facts.get("before", [])}
+    (folder / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     if facts.get("rows"):
         (folder / ROWS).write_text(json.dumps(facts["rows"], indent=1) + "\n", encoding="utf-8")
 

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,13 +52,21 @@ def place(partial: Path, path: Path) -> None:
         shutil.rmtree(earlier, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that no reader ever sees a part of it; its folder is made."""
+def write_whole(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text file so that no reader, and no power cut, ever sees a part of it; its folder is made.
+
+    Args:
+        path: of the file.
+        text: what it holds, whole or in pieces, which need not be in memory at once.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     try:
-        partial.write_text(text, encoding="utf-8", errors="surrogateescape")
+        with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+        _flush_one(partial)
         os.replace(partial, path)
+        _flush_one(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

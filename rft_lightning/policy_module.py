@@ -129,6 +129,8 @@ class PolicyModule(OptimiserSteps):
         self.max_completion_length, self.eval_temperature = max_completion_length, eval_temperature
         # How questions are answered in evaluation; `rft evaluate` sets it.
         self.voting = Voting()
+        # Whether the weights may be others than those of `checkpoint`, or of the last one that was loaded.
+        self.trained_here = False
         # Completions per prompt -> prompts at a time for which the device's memory was enough, once it was not.
         self._fitting: dict[int, int] = {}
         self.seed = run_seed(seed)
@@ -141,6 +143,7 @@ class PolicyModule(OptimiserSteps):
         """Settle the layout of the forward, and refuse a `max_steps` at which the run could not be resumed."""
         self._settle_layout()
         self._check_max_steps()
+        self.trained_here = True
 
     def _settle_layout(self) -> None:
         """Before any log-prob is used: see :func:`settle_layout`."""

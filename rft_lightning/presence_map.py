@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rft_lightning.errors import AnnotationError, DatasetNotFoundError
-from rft_lightning.evaluation.rows import read_rows
+from rft_lightning.evaluation.rows import decision_of, read_rows
 from rft_lightning.placing import write_whole
 from rft_lightning.rewards.presence import YES
 from rft_lightning.tasks import PresenceTask
@@ -57,14 +57,15 @@ class PresenceMap:
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], *, source: str = "the predictions") -> PresenceMap:
-        """The map of prediction rows: a category is in a picture where the answer was read as "yes".
+        """The map of prediction rows: a category is in a picture where the answer is "yes", in whatever case.
 
         Args:
             rows: rows with ``task``, ``image_id``, ``asked`` and ``label``; those of other tasks are left out.
             source: where they come from, for messages.
 
         Raises:
-            AnnotationError: there is no presence row, one lacks something, or two about one pair contradict each other.
+            AnnotationError: there is no presence row, one lacks something or says neither yes nor no, or two about one
+                pair contradict each other.
         """
         decisions: dict[tuple[str, str], bool] = {}
         for row in rows:
@@ -75,7 +76,12 @@ class PresenceMap:
                     f"Row {row.get('id')!r} of {source} has the keys {', '.join(row)}; expected image_id, asked (a "
                     "category) and label among them. Run the evaluation again, or take the row out."
                 )
-            pair, found = (str(row["image_id"]), row["asked"]), row["label"] == YES
+            try:
+                pair, found = (str(row["image_id"]), row["asked"]), decision_of(row) == YES
+            except ValueError as error:
+                raise AnnotationError(
+                    f"Row {row.get('id')!r} of {source}: {error}. Correct it, or take the row out."
+                ) from error
             if decisions.setdefault(pair, found) != found:
                 raise AnnotationError(
                     f"{source} says of image {pair[0]} both that it shows {pair[1]!r} and that it does not; expected "

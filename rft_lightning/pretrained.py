@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rft_lightning.errors import CheckpointError, ConfigConflictError
-from rft_lightning.policy.loading import DTYPES, resolve_checkpoint
+from rft_lightning.policy.loading import DTYPES, resolve_checkpoint, whole_model
 
 
 def load_pretrained(
@@ -23,7 +23,8 @@ def load_pretrained(
         dtype: float32, bfloat16 or float16: the dtype of the weights in memory.
 
     Raises:
-        CheckpointError: nothing is found there, it is of another type, or its weights are no safetensors files.
+        CheckpointError: nothing is found there, it is of another type, or its weights are no safetensors files or not
+            all there.
         ConfigConflictError: unknown dtype.
     """
     import transformers
@@ -37,7 +38,7 @@ def load_pretrained(
             raise CheckpointError(f"{checkpoint!r} is a {kind!r} model. {expected}")
         model_class, processor_class = (getattr(transformers, name) for name in classes[kind])
         processor = processor_class.from_pretrained(path)
-        model = model_class.from_pretrained(path, dtype=DTYPES[dtype], use_safetensors=True)
+        model = whole_model(model_class, checkpoint, dtype=DTYPES[dtype], use_safetensors=True)
     except CheckpointError:
         raise
     except (OSError, ValueError) as error:

@@ -164,11 +164,10 @@ class _PicturesOnce:
         return copy.copy(self._results[id(image)][1])
 
 
-@contextmanager
-def _pictures_once(processor: Any) -> Iterator[Callable[[Sample], Image.Image]]:
-    """Inside, a picture that several samples show is read and processed once; gives what loads the picture of a sample.
+def picture_loader() -> Callable[[Sample], Image.Image]:
+    """What loads the picture of a sample; samples that show one picture are given one object, which is read once.
 
-    Reading and resizing are nearly all of a prompt's cost, and evaluation asks for every category of a picture.
+    It keeps the pictures, and the samples have to outlive it.
     """
     loaded: dict[Any, Image.Image] = {}
 
@@ -178,10 +177,19 @@ def _pictures_once(processor: Any) -> Iterator[Callable[[Sample], Image.Image]]:
             loaded[key] = sample.load_image()
         return loaded[key]
 
+    return load
+
+
+@contextmanager
+def _pictures_once(processor: Any) -> Iterator[Callable[[Sample], Image.Image]]:
+    """Inside, a picture that several samples show is read and processed once; gives what loads the picture of a sample.
+
+    Reading and resizing are nearly all of a prompt's cost, and evaluation asks for every category of a picture.
+    """
     own = processor.image_processor
     processor.image_processor = _PicturesOnce(own)
     try:
-        yield load
+        yield picture_loader()
     finally:
         processor.image_processor = own
 

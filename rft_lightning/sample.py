@@ -8,7 +8,7 @@ Shape legend: B prompts, G completions per prompt, P prompt tokens, C completion
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -160,6 +160,20 @@ class PresenceTarget:
 Target = ClassTarget | DetectionTarget | GroundingTarget | PresenceTarget
 
 
+class MaskField:
+    """A field that is given a mask, None, or a function that makes the mask whenever it is read.
+
+    What is made is not kept: masks in memory are hundreds of times as large as those of a file.
+    """
+
+    def __get__(self, answer: Answer | None, owner: type | None = None) -> np.ndarray | None:
+        held = None if answer is None else vars(answer)["mask"]  # of the class itself: the field's default
+        return held() if callable(held) else held
+
+    def __set__(self, answer: Answer, mask: np.ndarray | Callable[[], np.ndarray] | None) -> None:
+        vars(answer)["mask"] = mask
+
+
 @dataclass
 class Answer:
     """What a completion says, in the unit of the targets.
@@ -180,7 +194,8 @@ class Answer:
         problems: what was wrong with the text, in words, each with a `kind` to count it by (see
             :data:`rft_lightning.answers.PROBLEM_KINDS`); empty for a clean answer.
         points: [K', 2] float64 (x, y) in pixels of the original image, where the answer is written in points.
-        mask: [H, W] bool of the original image: what a system that segments says the object is; None without one.
+        mask: [H, W] bool of the original image: what a system that segments says the object is; None without one. It
+            may be given as a function, see :class:`MaskField`.
         num_tokens: length of the completion in tokens, its end of sequence included; None where it is not known.
         token_limit: most tokens that the completion could have; None where it is not known.
         truncated: the limit came before an end of sequence.
@@ -197,10 +212,15 @@ class Answer:
     parsed: bool | None = None
     problems: tuple[str, ...] = ()
     points: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.float64))
-    mask: np.ndarray | None = None
+    mask: MaskField = MaskField()
     num_tokens: int | None = None
     token_limit: int | None = None
     truncated: bool = False
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether there is a mask, without making it."""
+        return vars(self)["mask"] is not None
 
     def __post_init__(self) -> None:
         self.boxes = as_boxes(self.boxes)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +18,10 @@ from torch import Tensor
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
 from rft_lightning.evaluation.results import SCORES, class_of, record_table, scores_of
 from rft_lightning.evaluation.rows import read_predictions
-from rft_lightning.metrics.ap_files import load_json
+from rft_lightning.metrics.ap_files import check_category_ids, load_json
 from rft_lightning.metrics.coco_map import COCOMeanAveragePrecision
 from rft_lightning.metrics.lvis_ap import LVISAveragePrecision
+from rft_lightning.placing import write_whole
 
 _ALL = "0.50:0.95"
 # Key of the metric -> AP or AR, IoU thresholds, area range, detections per picture and category.
@@ -82,7 +86,7 @@ def score(
     Raises:
         DatasetNotFoundError: a file does not exist.
         AnnotationError: a file is not of its format, or the results name images that the ground truth does not have.
-        ConfigConflictError: unknown classes, masks with `lvis`, or `output` is a folder.
+        ConfigConflictError: unknown classes, masks with `lvis`, or `output` cannot be written.
     """
     if lvis and iou_type != "bbox":
         raise ConfigConflictError("LVIS evaluation compares boxes only; leave out --iou_type, or --lvis.")
@@ -91,12 +95,12 @@ def score(
     _check(truth, found, f"The ground truth {gt}", f"The results {results}", "bbox" if lvis else iou_type)
     names = {category["id"]: category.get("name", str(category["id"])) for category in truth["categories"]}
     chosen = sorted(names) if classes is None else sorted({_class_id(word, names) for word in classes})
-    _warn_of_unknown(found, names)
     metric: COCOMeanAveragePrecision | LVISAveragePrecision
     if lvis:
         metric = LVISAveragePrecision.from_lvis_json(truth, found, classes=chosen)
     else:
         metric = COCOMeanAveragePrecision.from_coco_json(truth, found, iou_type=iou_type, classes=chosen)
+    _warn_of_unknown(found, names)
     values = metric.compute()
     record = _record(values, names, lvis)
     print("\n".join(lvis_table(values) if lvis else coco_table(values)))
@@ -107,14 +111,43 @@ def score(
 
 
 def _check_output(output: str | Path | None) -> None:
-    if output is not None and Path(output).is_dir():
-        raise ConfigConflictError(f"--output {output} is a folder; expected the name of a JSON file.")
+    """Refuse at once what could not be written after minutes of scoring."""
+    if output is None:
+        return
+    with _named(output):
+        if Path(output).is_dir():
+            raise ConfigConflictError(f"--output {output} is a folder; expected the name of a JSON file.")
+        folder = Path(output).resolve().parent
+        if not _is_stream(output):
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _write_output(record: Mapping[str, Any], output: str | Path | None) -> None:
-    if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        Path(output).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if output is None:
+        return
+    text = json.dumps(record, indent=2) + "\n"
+    with _named(output):
+        if _is_stream(output):
+            Path(output).write_text(text, encoding="utf-8")
+        else:
+            write_whole(Path(output).resolve(), text)
+
+
+def _is_stream(output: str | Path) -> bool:
+    """Whether it is a pipe or a device (/dev/stdout), which must not be replaced by a file."""
+    return Path(output).exists() and not Path(output).is_file()
+
+
+@contextmanager
+def _named(output: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigConflictError(
+            f"--output {output} cannot be written: {error.strerror}. Give another place, or make room there."
+        ) from error
 
 
 def coco_table(values: Mapping[str, Tensor]) -> list[str]:
@@ -154,7 +187,7 @@ def score_predictions(
         file: JSON lines as ``rft evaluate`` writes them; see :mod:`rft_lightning.evaluation.rows`.
         callbacks: metric callbacks.
         per_class: print the value of each class as well.
-        classes: names of the classes whose questions count; None: all.
+        classes: names of the classes whose questions count; None: all. The cap of LVIS holds over all classes.
         output: JSON file to write the numbers to, not rounded; its folder is made.
 
     Returns:
@@ -162,10 +195,10 @@ def score_predictions(
 
     Raises:
         AnnotationError: the file is not of its format, or no row has a right answer.
-        ConfigConflictError: unknown classes, or `output` is a folder.
+        ConfigConflictError: unknown classes, or `output` cannot be written.
     """
     _check_output(output)
-    predictions = read_predictions(file)
+    predictions, callbacks = read_predictions(file), list(callbacks)
     if all(prediction.target is None for prediction in predictions):
         raise AnnotationError(f"{file} holds no right answers (`target`), so there is nothing to compare with.")
     if classes is not None:
@@ -174,6 +207,8 @@ def score_predictions(
             if name not in names:
                 near = difflib.get_close_matches(str(name), map(str, names), n=3) or sorted(map(str, names))[:3]
                 raise ConfigConflictError(f"{file} asks for no class {name!r}, but for such as {', '.join(near)}.")
+        for callback in callbacks:
+            callback.choose_from(predictions)
         predictions = [prediction for prediction in predictions if class_of(prediction) in classes]
     record = scores_of(predictions, callbacks)
     print("\n".join(record_table(record, per_class=per_class)))
@@ -225,7 +260,7 @@ def score_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--lvis", action="store_true", help="Evaluate by LVIS's federated rules.")
     parser.add_argument("--iou_type", choices=("bbox", "segm"), default="bbox", help="Compare boxes or masks.")
     parser.add_argument("--per_class", action="store_true", help="Print the AP of each category as well.")
-    parser.add_argument("--classes", type=str, nargs="+", help="Names or ids of the categories to evaluate.")
+    parser.add_argument("--classes", type=str, nargs="+", help="Names (with ground truth: or ids) of the categories.")
     parser.add_argument("--output", type=str, help="JSON file to write the numbers to.")
     parser.add_argument("--score_from", choices=SCORES, default="confidence", help="Predictions: what ranks boxes.")
     parser.add_argument(
@@ -300,6 +335,7 @@ def _check(truth: Any, found: Any, truth_name: str, found_name: str, shape: str)
     geometry = "bbox" if shape == "bbox" else "segmentation"
     _check_entries(truth["images"], {"id"}, f"{truth_name}, image")
     _check_entries(truth["categories"], {"id"}, f"{truth_name}, category")
+    check_category_ids(truth["categories"], truth_name)
     _check_entries(truth["annotations"], {"image_id", "category_id", geometry}, f"{truth_name}, annotation")
     _check_entries(found, {"image_id", "category_id", geometry, "score"}, f"{found_name}, entry")
 

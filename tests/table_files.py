@@ -1,6 +1,7 @@
 """Evaluation folders made by hand, as `rft evaluate` writes them."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ COCO = {
     "query_mode": "all", "prompts_per_step": 16,
 }  # fmt: skip
 _FACTS = {
-    "method": "RFT", "policy": None, "data": None, "task": "detection", "split": "test", "limit": None,
-    "classes": None, "shots": None, "seed": 0, "steps": None, "tuning": "full", "thought": None, "rules": "strict",
-    "group_size": 8, "prompts_per_step": None, "query_mode": None, "presence_map": None, "box_from": None,
-    "answers": 1, "choose": None, "temperature": 0.0,
+    "method": "RFT", "policy": None, "before": [], "training": "0a1b2c3d", "data": None, "task": "detection",
+    "split": "test", "limit": None, "classes": None, "shots": None, "seed": 0, "steps": None, "tuning": "full",
+    "thought": None, "prompts_per_step": None, "rules": "strict", "group_size": 8, "query_mode": None,
+    "presence_map": None, "box_from": None, "answers": 1, "choose": None, "temperature": 0.0, "ap_protocol": "coco",
+    "score_from": "confidence", "mask_protocol": None, "acc_50": "at least",
 }  # fmt: skip
+_STAGE = ("steps", "tuning", "thought", "prompts_per_step")
+_TRAINED = ("SFT", "RFT", "SFT then RFT")
 
 
 def write_evaluation(
@@ -27,14 +31,18 @@ def write_evaluation(
     per_class: dict[str, float] | None = None,
     samples: int = 256,
     failures: int = 0,
+    without: Iterable[str] = (),
     **facts: Any,
 ) -> Path:
-    """A folder with the `metrics.json` of an evaluation."""
+    """A folder with the `metrics.json` of an evaluation, whose experiment lacks the facts of `without`."""
     experiment = {**_FACTS, **facts}
     if not experiment["method"].endswith("RFT"):
         experiment |= {"rules": None, "group_size": None}
-    if experiment["method"] not in ("SFT", "RFT", "SFT then RFT"):
-        experiment |= dict.fromkeys(("seed", "steps", "tuning", "shots", "prompts_per_step"))
+    if experiment["method"] not in _TRAINED:
+        experiment |= dict.fromkeys(("training", "seed", "steps", "tuning", "shots", "prompts_per_step"))
+    if experiment["method"] == "SFT then RFT" and "before" not in facts:
+        experiment["before"] = [{"method": "SFT", **{name: experiment[name] for name in _STAGE}, "thought": True}]
+    experiment = {name: value for name, value in experiment.items() if name not in without}
     record = {
         "version": 1,
         "experiment": experiment,

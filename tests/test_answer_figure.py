@@ -119,6 +119,8 @@ def test_a_long_thought_makes_its_row_taller_and_is_cut(tmp_path):
 
     short, long, longer = drawn("A."), drawn("word " * 170), drawn("word " * 3000)
     assert short.height < long.height <= longer.height < 2 * long.height
+    control = drawn("".join(f"{chr(number)}word" for number in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)))
+    assert control.height > short.height  # some of them end a line
 
 
 def test_rendered_pictures_are_made_again(tmp_path, tiny_policy):

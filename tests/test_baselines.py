@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from rft_lightning.baselines import SAM, BaselineModule, GroundedSAM, GroundingDINO, OVSegApproximation, SampleBatch
+from rft_lightning.baselines.base import load_samples
 from rft_lightning.baselines.ov_seg import region
 from rft_lightning.callbacks import DetectionMAP, GroundingIoU, GroundingMaskIoU
 from rft_lightning.datamodules import ShapesDataModule
@@ -206,6 +207,50 @@ def test_ov_seg_takes_the_proposal_that_clip_finds_most_similar():
         assert np.mean(answer.mask != masks[chosen[-1]]) < 0.002
         assert torch.equal(answer.boxes, box_of_mask(answer.mask))
     assert len(set(chosen)) > 1
+
+
+def test_ov_seg_looks_once_at_a_picture_that_several_questions_are_about(monkeypatch):
+    samples = groundings()
+    shared, other = samples[0].image, samples[1].image
+    for number in (2, 3):
+        samples[number].image, samples[number].image_size = shared, SIZES[0]
+    twin = Image.fromarray(np.asarray(shared).copy())  # of the same pixels, but another picture
+    samples.append(Sample("g4", twin, samples[1].target, GroundingTask(), SIZES[0], 4))
+    module = ov_seg()
+    alone = [answered(module, [sample])[0] for sample in samples]
+    seen = {"proposer": 0, "clip": 0}
+    for name in seen:
+        plain = getattr(module, name).forward
+
+        def forward(*, pixel_values, plain=plain, name=name, **inputs):
+            seen[name] += len(pixel_values) if name == "proposer" else 1
+            return plain(pixel_values=pixel_values, **inputs)
+
+        monkeypatch.setattr(getattr(module, name), "forward", forward)
+    together = answered(module, samples)
+    assert seen == {"proposer": 3, "clip": 3}
+    assert samples[1].image is other
+    for answer, expected in zip(together, alone, strict=True):
+        assert (answer.mask == expected.mask).all()
+        assert torch.equal(answer.boxes, expected.boxes)
+    assert (together[0].mask != together[2].mask).any()
+
+
+def test_a_picture_of_several_samples_is_read_once(tmp_path, monkeypatch):
+    samples, opened = groundings(), []
+    for number, sample in enumerate(samples[:3]):
+        sample.image = tmp_path / f"{number % 2}.png"
+        picture(number % 2).save(sample.image)
+    load = Sample.load_image
+    monkeypatch.setattr(Sample, "load_image", lambda sample: (opened.append(sample.id), load(sample))[1])
+    batch = load_samples(samples)
+    assert opened == ["g0", "g1", "g3"]
+    assert batch.images[0] is batch.images[2]
+    for sample, image in zip(samples, batch.images, strict=True):
+        assert (np.asarray(image) == np.asarray(load(sample))).all()
+    sent = pickle.loads(pickle.dumps(batch))  # as by the processes that load data
+    assert sent.images[0] is sent.images[2]
+    assert load_samples(samples, images=False).images == []
 
 
 def test_a_region_stands_alone_on_a_square():

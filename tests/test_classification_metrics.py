@@ -78,6 +78,25 @@ def test_lenient_is_the_published_evaluation(samples: list[tuple[str, str]]) -> 
     assert float(result["accuracy"]) <= parsed / len(samples)
 
 
+RECORDS = [  # label, text that was not read, lenient hit of "pug dog"
+    ("pug", "I think it is pug", 1),
+    ("pug", "", 1),
+    ("pug", "<answer>cat</answer>", 1),
+    ("cat", "<answer>pug</answer>", 0),
+    ("pug", "<answer>cat</answer> or <answer>pug</answer>", 1),
+    ("cat", "pug", 0),
+    (None, "<answer>pug</answer>", 0),
+    (None, "pug", 0),
+]
+
+
+@pytest.mark.parametrize(("label", "text", "lenient"), RECORDS)
+def test_the_text_of_another_system_is_not_read(label: str | None, text: str, lenient: int) -> None:
+    metric = ClassificationAccuracy()
+    metric.update([Answer(label=label, text=text)], [ClassTarget("pug dog")])
+    assert float(metric.compute()["accuracy_lenient"]) == lenient
+
+
 def test_counts_are_over_all_samples_and_per_class() -> None:
     metric = ClassificationAccuracy()
     for number, (text, right, *_) in enumerate(CASES):

@@ -736,3 +736,26 @@ def test_downloads_are_those_of_the_used_splits(tmp_path):
         ).downloads
         == []
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("images", "im/g 1"), ("images", 5.0), ("categories", "7"), ("images", None)]
+)
+def test_ids_that_are_no_whole_numbers_are_refused(root, kind, name):
+    def change(content):
+        content[kind][0]["id"] = name
+
+    edit(root / "annotations/instances_train2017.json", change)
+    with pytest.raises(AnnotationError, match=r"instances_train2017.json has the .*; expected whole numbers") as caught:
+        data(root).split("train")
+    assert repr(name) in message(caught)
+    assert "CustomDetectionDataModule" in message(caught)
+
+
+def test_category_ids_that_no_metric_takes_are_refused(root):
+    def change(content):
+        content["categories"][0]["id"] = 2**53
+
+    edit(root / "annotations/instances_train2017.json", change)
+    with pytest.raises(AnnotationError, match=r"has the id 9007199254740992; expected a whole number below 2\*\*53"):
+        data(root).split("train")

@@ -1,9 +1,11 @@
 """What `plot` and `rft prepare --preview` draw: what the model gets, with the boxes of the solution text."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from rft_lightning.datamodules import ShapesDataModule
 from rft_lightning.frames import CoordinateFrame
@@ -13,6 +15,8 @@ from rft_lightning.report.drawing import font_of
 from rft_lightning.sample import DetectionTarget, Sample, as_boxes
 from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask
 
+# Control and format characters, line and paragraph separators.
+CONTROL = ("Cc", "Cf", "Zl", "Zp")
 # A dark rectangle on white, off the middle, in a picture that is not square.
 BOX, SIZE = (20.0, 60.0, 80.0, 100.0), (160, 112)
 
@@ -111,3 +115,18 @@ def test_text_is_wrapped_to_the_width():
     assert all(font.getlength(line) <= 200 for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "").replace("\n", "")
     assert lines[-2:] == ["", "end"]
+
+
+def test_text_with_any_control_character_is_drawn():
+    """A model may write every one of them; those that end a line end one here."""
+    font, draw = font_of(14), ImageDraw.Draw(Image.new("RGB", (200, 40)))
+    kinds = {kind: [chr(n) for n in range(0x10000) if unicodedata.category(chr(n)) == kind] for kind in CONTROL}
+    assert all(kinds.values())
+    for character in [c for characters in kinds.values() for c in characters]:
+        lines = wrapped(f"{character}one {character} two{character}three{character}", font, 200)
+        for line in lines:
+            draw.text((0, 0), line, font=font)
+        is_break = character.splitlines() == [""]
+        expected = ["", "one ", "two", "three", ""]
+        assert lines == expected if is_break else len(lines) == 1, hex(ord(character))
+    assert wrapped("one\r\ntwo\r\n", font, 200) == ["one", "two", ""]

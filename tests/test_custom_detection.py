@@ -192,6 +192,46 @@ def test_image_ids_may_be_strings_and_sizes_unstated(tmp_path):
     assert {sample.image_id for sample in samples} == {f"img/{n * 11 + 5}" for n in range(8)}
 
 
+def with_image_ids(folder, name):
+    """One set, the id of each picture changed by `name`."""
+    root = write_coco(folder, [None])
+
+    def change(content):
+        for entry in content["images"]:
+            entry["id"] = name(entry["id"])
+        for note in content["annotations"]:
+            note["image_id"] = name(note["image_id"])
+
+    edit(root / "annotations.json", change)
+    return root
+
+
+def test_image_ids_may_be_whole_numbers_written_as_floats(tmp_path):
+    samples = data(with_image_ids(tmp_path, float)).split("train")
+    assert found(samples) == truth("train")
+    assert {sample.image_id for sample in samples} == {n * 11 + 5 for n in range(8)}
+    assert all(type(sample.image_id) is int for sample in samples)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (lambda n: n + 0.5, r"has the image id 5\.5; expected a whole number or a string"),
+        (lambda n: None if n == 5 else n, r"has the image id None; expected"),
+        (lambda n: {5: 1, 16: "1"}.get(n, n), r"has the image id '1' twice"),
+        (lambda n: float("inf") if n == 5 else n, r"has the image id inf; expected"),
+    ],
+)
+def test_other_image_ids_are_refused(tmp_path, name, message):
+    with pytest.raises(AnnotationError, match=message):
+        data(with_image_ids(tmp_path, name)).split("train")
+
+
+def test_category_ids_that_no_metric_takes_are_refused(tmp_path):
+    with pytest.raises(AnnotationError, match=r"has the id 9007199254740992; expected a whole number below 2\*\*53"):
+        data(write_coco(tmp_path, ids=[1, 2**53, 2**53 + 1])).split("train")
+
+
 def test_classes_choose_and_order_by_id(tmp_path):
     loader = data(write_coco(tmp_path), classes=["slime", "big bird"])
     assert loader.class_names == ["big bird", "slime"]  # ids 3 and 7

@@ -2,13 +2,17 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +24,7 @@ from rft_lightning.evaluation import run
 from rft_lightning.evaluation.parts import Parts
 from rft_lightning.evaluation.rows import read_predictions
 from rft_lightning.policy_module import PolicyModule
+from rft_lightning.tasks import DetectionTask
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = ("predictions.jsonl", "metrics.json", "results.json", "failures.jsonl")
@@ -295,8 +300,43 @@ def test_rows_of_other_systems_need_little(tmp_path: Path, capsys) -> None:
         ('{"id": "x", "task": "grounding", "boxes": [[1, 2, 3, 4]], "confidences": 0.5}', "numbers from 0 to 1"),
         ('{"id": "x", "task": "grounding", "boxes": [[1, 2, 3, "4"]]}', "not of four finite numbers"),
         ('{"id": "x", "task": "grounding", "mask": {"size": [2, 2], "counts": [1, 2]}}', "cover 3 pixels"),
-        ('{"id": "x", "task": "grounding", "target": {"boxes": [[1, 2]]}, "boxes": []}', "Expected boxes of shape"),
+        ('{"id": "x", "task": "grounding", "target": {"boxes": [[1, 2]]}, "boxes": []}', "four finite numbers"),
         ('{"id": "a", "task": "classification", "target": {"label": "b"}, "label": "b"}', "in line 1 too"),
+        (
+            '{"id": "x", "task": "classification", "target": {"label": "b", "aliases": "bee"}, "label": "e"}',
+            "aliases is 'bee', expected a list of strings",
+        ),
+        (
+            '{"id": "x", "task": "classification", "target": {"label": "b", "aliases": [1]}, "label": "e"}',
+            "aliases is [1], expected a list of strings",
+        ),
+        (
+            '{"id": "x", "task": "detection", "boxes": [], "target": {"category_id": 1, "boxes": [[0, 0, 1, 1]], '
+            '"areas": [Infinity]}}',
+            "line 2: areas is [inf], expected a list of finite numbers",
+        ),
+        (
+            '{"id": "x", "task": "detection", "boxes": [], "target": {"category_id": 1, "boxes": [], "ignore_areas": '
+            '[1], "ignore_boxes": [[0, 0, NaN, 1]]}}',
+            "the box [0, 0, nan, 1] is not of four finite numbers",
+        ),
+        (
+            '{"id": "x", "task": "detection", "boxes": [], "target": {"category_id": 1, "boxes": [], "ignore_boxes": '
+            '[[0, 0, 1, 1]], "ignore_areas": [NaN]}}',
+            "ignore_areas is [nan], expected",
+        ),
+        (
+            '{"id": "x", "task": "detection", "boxes": [], "target": {"category_id": 1.5, "boxes": []}}',
+            "category_id is 1.5, expected a whole number",
+        ),
+        (
+            '{"id": "x", "task": "presence", "label": "no", "target": {"category_id": true, "present": true}}',
+            "category_id is True, expected a whole number",
+        ),
+        (
+            '{"id": "x", "task": "presence", "label": "present", "target": {"category_id": 1, "present": true}}',
+            "line 2: label is 'present', expected yes or no, or parsed false",
+        ),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, line: str, named: str) -> None:
@@ -307,6 +347,108 @@ def test_bad_rows_are_named(tmp_path: Path, line: str, named: str) -> None:
         main(["score", str(file)])
 
 
+def test_presence_is_read_in_any_case_of_letters(tmp_path: Path) -> None:
+    said = [("Yes", True), ("YES", True), ("No", False), ("yes", False), (None, True), ("present", True)]
+    rows = [
+        {"id": str(i), "task": "presence", "label": label, "target": {"category_id": 1, "present": present}}
+        for i, (label, present) in enumerate(said)
+    ]
+    for row in rows[-2:]:
+        row["parsed"] = False  # counts as no, whatever it says
+    file = tmp_path / "theirs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    main(["score", str(file), "--output", str(tmp_path / "numbers.json")])
+    found = json.loads((tmp_path / "numbers.json").read_text())["metrics"]
+    assert found["presence_accuracy"] == 3 / 6
+    assert found["presence_precision"] == pytest.approx(2 / 3)
+    assert found["presence_recall"] == 2 / 4
+    assert found["parse_rate"] == pytest.approx(4 / 6)
+
+
+def test_a_task_that_decides_in_other_words_is_refused_at_once() -> None:
+    from rft_lightning.evaluation.rows import row_of
+    from rft_lightning.sample import Answer, Prediction, PresenceTarget, Sample
+    from rft_lightning.tasks import PresenceTask
+
+    sample = Sample("a", Path("a.jpg"), PresenceTarget(True, "cat", 1), PresenceTask(), (8, 6))
+    assert row_of(Prediction(sample, "", Answer(label="YES")))["label"] == "yes"
+    assert row_of(Prediction(sample, "", Answer(label="perhaps", parsed=False)))["label"] == "perhaps"
+    with pytest.raises(ValueError, match="label is 'there', expected yes or no"):
+        row_of(Prediction(sample, "", Answer(label="there")))
+
+
+def test_scores_from_area_need_the_size_of_the_picture(tmp_path: Path) -> None:
+    target = {"category_id": 3, "boxes": [[0, 0, 9, 9]]}
+    rows = [
+        {"id": name, "task": "detection", "image_id": name, "target": target, "boxes": boxes, **size}
+        for name, boxes, size in (
+            ("none", [], {}),
+            ("right", [[0, 0, 9, 9]], {"image_size": [10, 10]}),
+            ("large", [[0, 0, 20, 20]], {"image_size": [40, 40]}),
+        )
+    ]
+    file = tmp_path / "theirs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    main(["score", str(file), "--score_from", "area", "--output", str(tmp_path / "numbers.json")])
+    found = json.loads((tmp_path / "numbers.json").read_text())["metrics"]
+    assert found["map"] == pytest.approx(34 / 101)  # 81 % of its picture comes before 25 %
+    del rows[2]["image_size"]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(AnnotationError, match=r"Sample 'large' has the image_size \[0, 0\].*score_from"):
+        main(["score", str(file), "--score_from", "area"])
+
+
+def test_masks_are_decoded_one_after_another(tmp_path: Path) -> None:
+    """Scoring never holds the masks of all rows, which are three hundred times as large as the file."""
+    from rft_lightning.callbacks import GroundingMaskIoU
+    from rft_lightning.evaluation.rows import row_of
+    from rft_lightning.run_lengths import encode_mask
+
+    height, width, count = 240, 320, 400
+    masks = [np.zeros((height, width), dtype=bool) for _ in range(2)]
+    masks[0][50:100, 100:200] = masks[1][50:100, 100:150] = True
+    region = {"points": [[100, 50], [199, 50], [199, 99], [100, 99]], "value": 1}
+    target = {"boxes": [[100, 50, 200, 100]], "regions": [region]}
+    rows = [
+        {"id": str(i), "task": "grounding", "mask": encode_mask(masks[i % 2]), "target": target,
+         "image_size": [width, height]}
+        for i in range(count)
+    ]  # fmt: skip
+    file = tmp_path / "theirs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    callback = GroundingMaskIoU()
+    tracemalloc.start()
+    try:
+        predictions = read_predictions(file)
+        found, _ = callback.score(predictions)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < height * width * count / 2
+    assert found["mask_iou_mean"] == pytest.approx(0.75, abs=1e-6)
+    answer = pickle.loads(pickle.dumps(replace(predictions[1]))).answer
+    assert answer.mask.dtype == bool
+    assert (answer.mask == masks[1]).all()
+    assert (replace(answer).mask == masks[1]).all()
+    assert row_of(predictions[1])["mask"] == rows[1]["mask"]
+    answer.mask = None
+    assert answer.mask is None
+
+
+def test_a_file_that_is_not_written_to_its_end_is_not_there(tmp_path: Path) -> None:
+    from rft_lightning.placing import write_whole
+
+    def lines():
+        yield "new\n"
+        raise Killed
+
+    write_whole(tmp_path / "rows.jsonl", iter(["old\n", "lines\n"]))
+    with pytest.raises(Killed):
+        write_whole(tmp_path / "rows.jsonl", lines())
+    assert (tmp_path / "rows.jsonl").read_text() == "old\nlines\n"
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_a_category_has_one_name(tmp_path: Path) -> None:
     target = {"category_id": 3, "boxes": [[0, 0, 9, 9]]}
     rows = [
@@ -315,7 +457,7 @@ def test_a_category_has_one_name(tmp_path: Path) -> None:
     ]
     file = tmp_path / "theirs.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(AnnotationError, match="category 3 is called 'dog', and 'cat' before"):
+    with pytest.raises(AnnotationError, match="category 3 is 'dog', and 'cat' before"):
         main(["score", str(file)])
 
 
@@ -413,14 +555,6 @@ def test_the_record_tells_what_trained_the_policy(tmp_path: Path, monkeypatch) -
     record = json.loads(Path("third/evaluation/policy_Shapes_test/metrics.json").read_text())["experiment"]
     assert record["method"] == "SFT"
     assert record["policy"] == asset
-
-
-def test_a_policy_exported_over_its_own_start_has_an_end(tmp_path: Path) -> None:
-    from rft_lightning.evaluation.experiment import history
-
-    config = {"model": {"class_path": "rft_lightning.SFTModule", "init_args": {"policy": str(tmp_path)}}}
-    (tmp_path / "rft_config.yaml").write_text(json.dumps(config))
-    assert history(str(tmp_path), None) == [config]
 
 
 # Several processes, and processes that are killed
@@ -522,7 +656,7 @@ def test_unasked_questions_count_as_misses(tmp_path: Path, monkeypatch) -> None:
         samples = whole(self, split)
         return [samples[i] for i in range(0, len(samples), 2)]
 
-    def other_half(self, split):
+    def other_half(self, split, limit=None):
         samples = whole(self, split)
         return [samples[i] for i in range(1, len(samples), 2)]
 
@@ -563,6 +697,26 @@ def test_batches_are_cut_in_the_same_places() -> None:
     assert rows({12, 13, 14}, rank=1, world=3) == [3, 4, 5]
     nothing_left = EvaluationSampler(20, rank=6, world_size=8, batch_size=3, done={18, 19})
     assert list(nothing_left) == [(0, NOT_COUNTED)]
+
+
+class CountedDetection(DetectionTask):
+    name = "counted detection"
+
+
+def test_a_task_of_ones_own_is_scored_by_its_targets(make_trainer, tmp_path: Path) -> None:
+    from rft_lightning.callbacks import DetectionMAP
+    from rft_lightning.datamodules import ShapesDataModule
+    from rft_lightning.sft import SFTModule
+
+    policy, records = "asset:tiny-qwen2-vl", []
+    for task in (DetectionTask(), CountedDetection()):
+        data = ShapesDataModule(processor=policy, task=task, test_size=4, eval_batch_size=4)
+        trainer = make_trainer(callbacks=[DetectionMAP()])
+        folder = tmp_path / task.name
+        records.append(run.evaluate(trainer, SFTModule(policy, max_completion_length=48), data, output_dir=folder))
+    assert records[0]["metrics"] == records[1]["metrics"]
+    own, usual = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in (CountedDetection.name, "detection"))
+    assert own == usual
 
 
 def test_the_evaluation_loop_leaves_the_trainer_as_it_was(make_trainer, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import os
 import warnings
 from typing import Any
 
@@ -319,6 +320,13 @@ def test_matched_iou_without_boxes_is_absent() -> None:
     assert [float(value) for value in result.values()] == [-1, -1, 0]
 
 
+def test_matched_iou_takes_samples_without_boxes_beside_those_on_a_device() -> None:
+    boxes = torch.zeros(2, 4, device="meta")
+    metric = MatchedIoU().to("meta")
+    metric.update([[], boxes, []], [[], boxes, boxes])
+    assert (metric.values[-1].device.type, metric.values[-1].shape) == ("meta", (3, 3))
+
+
 def test_box_iou_equals_torchvision() -> None:
     rng = np.random.default_rng(1)
     truth, boxes = xyxy(random_boxes(rng, 40).tolist()), xyxy(random_boxes(rng, 40).tolist())
@@ -392,12 +400,29 @@ def test_states_survive_reset_and_forward() -> None:
 def test_parse_rate_and_names() -> None:
     rate = ParseRate()
     rate.update([Answer(parsed=True), Answer(parsed=False), Answer(parsed=False)], ["a", "b", "b"])
-    assert {name: float(value) for name, value in rate.compute().items()} == {"parse_rate": 0.5, "n_samples": 2}
+    expected = {"parse_rate": 0.5, "n_samples": 2, "n_unasked": 0}
+    assert {name: float(value) for name, value in rate.compute().items()} == expected
+    rate.update([Answer(parsed=False), Answer(parsed=False)], ["c", "c"], unasked=[True, True])
+    assert {name: float(value) for name, value in rate.compute().items()} == expected | {"n_unasked": 1}
+    rate.reset()
+    rate.update([Answer(parsed=False)], ["c"], unasked=[True])
+    assert {name: float(value) for name, value in rate.compute().items()} == {
+        "parse_rate": -1, "n_samples": 0, "n_unasked": 1,
+    }  # fmt: skip
     names = ClassNames()
     names.update({2: "b\u00e9b\u00e9", 1: "z"})
     names.update({2: "b\u00e9b\u00e9", 3: ""})
     assert names.compute() == {3: "", 2: "b\u00e9b\u00e9", 1: "z"}
     assert list(names.compute()) == [3, 2, 1]
+
+
+def test_names_that_are_no_utf8() -> None:
+    odd = os.fsdecode(b"p\xff.jpg")
+    rate, names = ParseRate(), ClassNames()
+    rate.update([Answer(parsed=True)] * 3, [odd, odd, os.fsdecode(b"p\xfe.jpg")])
+    assert float(rate.compute()["n_samples"]) == 2
+    names.update({1: odd})
+    assert names.compute() == {1: odd}
 
 
 def test_stable_ids() -> None:

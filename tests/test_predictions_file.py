@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -14,13 +17,13 @@ from pycocotools import mask as coco_mask
 
 from rft_lightning.baselines import PredictionsFile
 from rft_lightning.baselines.predictions_file import read_answers
-from rft_lightning.callbacks import DetectionMAP, GroundingIoU, GroundingMaskIoU, LabelAccuracy
+from rft_lightning.callbacks import DetectionMAP, GroundingIoU, GroundingMaskIoU, LabelAccuracy, PresenceAccuracy
 from rft_lightning.datamodules import ShapesDataModule
 from rft_lightning.errors import AnnotationError, ConfigConflictError
-from rft_lightning.evaluation.rows import encode_mask
 from rft_lightning.masks import Region
-from rft_lightning.sample import ClassTarget, DetectionTarget, GroundingTarget, Sample
-from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask
+from rft_lightning.run_lengths import encode_mask
+from rft_lightning.sample import ClassTarget, DetectionTarget, GroundingTarget, PresenceTarget, Sample
+from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask, PresenceTask
 
 DOCS = Path(__file__).parent.parent / "docs" / "baselines.md"
 
@@ -152,6 +155,54 @@ def test_a_missing_answer_is_an_error_or_an_unread_answer(tmp_path):
     assert not answer.mask.any()
     with pytest.warns(UserWarning, match="1 samples have no answer in"):
         module.on_test_epoch_end()
+
+
+def presence(name="a", present=True) -> Sample:
+    target = PresenceTarget(present, "star", 1, image_size=(8, 6))
+    return Sample(name, Path("/no/such/picture.jpg"), target, PresenceTask(), (8, 6), image_id=name)
+
+
+def test_presence_is_answered_in_any_case_of_letters(tmp_path):
+    rows = [{"id": name, "label": label} for name, label in zip("abcd", ["Yes", "YES", "No", "no"], strict=True)]
+    rows += [{"id": "e", "text": "Perhaps."}, {"id": "f", "label": ""}]
+    samples = [presence(name, name in "abde") for name in "abcdef"]
+    module = PredictionsFile(written(tmp_path, *rows), "x")
+    predictions = module.predict_step(module.collate(samples), 0)
+    assert [item.answer.label for item in predictions[:4]] == ["yes", "yes", "no", "no"]
+    results, _ = PresenceAccuracy().score(predictions)
+    assert results["presence_accuracy"] == pytest.approx(4 / 6)
+    assert results["parse_rate"] == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"), [({"label": "present"}, "'present'"), ({"label": "yes."}, "'yes.'"), ({"boxes": []}, "None")]
+)
+def test_presence_is_answered_with_yes_or_no(tmp_path, answer, label):
+    path = written(tmp_path, {"id": "b", "label": "yes"}, {"id": "a", **answer})
+    with pytest.raises(AnnotationError, match=f"line 2: label is {label}, but sample 'a' .* expected yes or no"):
+        answered(PredictionsFile(path, "x"), presence())
+
+
+def absent_worker(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    module = PredictionsFile(Path(folder) / "answers.jsonl", "x", missing="empty")
+    answered(module, presence("a"), *([presence("b"), presence("c")] if rank else []))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module.on_test_epoch_end()
+    Path(folder, f"{rank}.txt").write_text("\n".join(str(warning.message) for warning in caught))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_missing_answers_are_counted_over_processes(tmp_path, monkeypatch):
+    """The first process, which alone warns, has answers for all of its samples."""
+    written(tmp_path, {"id": "a", "label": "yes"})
+    # pytest imports test files under names of its own; the new processes need one they can find.
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    worker = importlib.import_module(Path(__file__).stem).absent_worker
+    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    assert "2 samples have no answer in" in (tmp_path / "0.txt").read_text()
 
 
 def test_a_mask_of_another_size_is_refused(tmp_path):

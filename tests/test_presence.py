@@ -243,6 +243,15 @@ def test_a_sample_counts_once():
     assert float(metric.compute()["presence_precision"]) == 0.5
 
 
+def test_a_class_of_which_no_sample_counts_is_absent():
+    metric = PresenceScores()
+    metric.update([read("yes")] * 2, [PresenceTarget(True, "dog"), PresenceTarget(True, "cat")], ["a", "b"])
+    metric.update([read("no")], [PresenceTarget(True, "bird")], ["a"])  # a sample that came before
+    found = metric.compute()
+    assert found["classes"] == ["bird", "cat", "dog"]
+    assert found["f1_per_class"].tolist() == [-1, 1, 1]
+
+
 def test_another_target_is_named():
     with pytest.raises(ValueError, match="Sample 'x': expected a PresenceTarget, found ClassTarget"):
         PresenceScores().update([read("yes")], [ClassTarget("dog")], ["x"])

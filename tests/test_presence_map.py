@@ -16,6 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from rft_lightning.callbacks import DetectionMAP
+from rft_lightning.cli import main
 from rft_lightning.datamodules import (
     COCODetectionDataModule,
     CustomDetectionDataModule,
@@ -113,6 +114,11 @@ def test_predictions_say_what_was_asked(tmp_path):
     assert found.answered == {("9", "cat"), ("9", "dog"), ("x/1", "cat")}
 
 
+def test_answers_of_other_systems_are_read_in_any_case_of_letters():
+    found = PresenceMap.from_rows([row(9, "cat", "Yes"), row(9, "dog", "YES"), row(25, "dog", "No")])
+    assert found.present == {"9": ("cat", "dog"), "25": ()}
+
+
 def test_rows_of_other_tasks_are_left_out():
     rows = [row(9, "cat", "yes"), {**row(9, "dog", "yes"), "task": "detection"}]
     assert PresenceMap.from_rows(rows).present == {"9": ("cat",)}
@@ -170,6 +176,8 @@ def test_what_is_no_map_is_named(tmp_path, content, problem):
             "Row 'a' .* has the keys task, id, image_id",
         ),
         ([row(9, "cat", "yes"), row("9", "cat", "no")], "of image 9 both that it shows 'cat' and that it does not"),
+        ([row(9, "cat", "present")], "Row '9/cat' .* label is 'present', expected yes or no, or parsed false"),
+        ([row(9, "cat", None)], "label is None, expected yes or no, or parsed false"),
     ],
 )
 def test_predictions_that_are_no_map_are_named(tmp_path, rows, problem):
@@ -353,9 +361,47 @@ def test_a_map_of_other_names_is_refused(root, tmp_path):
 
 
 def test_a_map_that_asks_nothing_is_refused(root, tmp_path):
-    rows = rows_of({image: [] for image in SIZES}, CLASSES)
-    with pytest.raises(ConfigConflictError, match="so there is nothing to ask"):
-        data(root, write_rows(tmp_path / "p.jsonl", rows)).split("test")
+    nothing = write_map(tmp_path / "m.json", {image: [] for image in SIZES})
+    with pytest.raises(ConfigConflictError, match=r"no category in any of its 7 pictures: all answers .* were no, or"):
+        data(root, nothing).split("test")
+    # Cats are where none of the pictures of the split is.
+    elsewhere = write_map(tmp_path / "n.json", {**{image: [] for image in SIZES}, 1000: ["cat"]})
+    with pytest.raises(
+        ConfigConflictError, match=r"so there is nothing to ask\. Is it of another data set.*predictions"
+    ):
+        data(root, elsewhere, classes=["cat"]).split("test")
+
+
+@pytest.mark.parametrize("said", [{"said": "no"}, {"said": None, "parsed": False}])
+def test_a_stage_one_that_found_nothing_leaves_everything_missed(root, tmp_path, said):
+    answers = write_rows(tmp_path / "p.jsonl", [row(image, name, **said) for image in SIZES for name in CLASSES])
+    source = data(root, answers)
+    with pytest.warns(UserWarning, match="all 35 answers of the first stage are no, or could not be read"):
+        assert len(source.split("test")) == 0
+    there = pairs(sample for sample in data(root).split("test") if len(sample.target.boxes))
+    assert pairs(source.unasked("test")) == there
+    assert len(source.unasked("test", 1)) == len(there)
+    with pytest.raises(ConfigConflictError, match="nothing to ask in the test split, and a loop without a question"):
+        source.setup("test")
+
+
+@pytest.mark.filterwarnings("ignore:By the presence map:UserWarning", "ignore:.*args parameter:UserWarning")
+def test_an_evaluation_without_a_question_is_zero(root, tmp_path):
+    answers = write_rows(tmp_path / "p.jsonl", rows_of({image: [] for image in SIZES}, CLASSES))
+    (tmp_path / "none.jsonl").touch()
+    settings = {
+        "model.path": tmp_path / "none.jsonl", "data.root": root, "data.classes": f"[{','.join(CLASSES)}]",
+        "data.query_mode": "map", "data.presence_map": answers, "data.num_workers": 0, "trainer.accelerator": "cpu",
+        "trainer.logger": "false", "run_dir": tmp_path / "run", "output_dir": tmp_path / "out",
+    }  # fmt: skip
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    files = [word for name in ("coco.yaml", "baselines/predictions_file.yaml") for word in ("-c", str(CONFIGS / name))]
+    main(["evaluate", *files, *words])
+    record = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert record["samples"] == record["parse_failures"]["count"] == 0
+    assert record["metrics"]["map"] == 0
+    assert set(record["per_class"]) == {name for _, _, name, _, crowd in ANNOTATIONS if not crowd and name in CLASSES}
+    assert set(record["per_class"].values()) == {0}
 
 
 # --- presence as the task --------------------------------------------------------------------------------------------

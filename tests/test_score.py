@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -223,6 +224,10 @@ def test_results_of_unknown_categories_are_left_out_and_named(write, capsys):
     )
 
 
+def with_category(truth, number):
+    return {**truth, "categories": [*truth["categories"], {"id": number, "name": "x"}]}
+
+
 def without(entries, key):
     return [{k: v for k, v in entry.items() if k != key} for entry in entries]
 
@@ -237,6 +242,11 @@ def without(entries, key):
         (lambda gt, dt: (gt, without(dt, "bbox")), r"results.json, entry 0: expected the keys bbox"),
         (lambda gt, dt: (gt, [3]), r"results.json, entry 0: expected the keys .*, found 3"),
         (lambda gt, dt: (gt, [{**dt[0], "bbox": [1, 2, 3]}]), r"entry 0: expected a bbox of four numbers.*\[1, 2, 3\]"),
+        (lambda gt, dt: (gt, [{**dt[0], "category_id": [3]}]), r"results has something else than expected"),
+        (lambda gt, dt: (with_category(gt, "car"), dt), r"Category 'x' of The ground truth .* has the id 'car'"),
+        (lambda gt, dt: (with_category(gt, 2**53), dt), r"id 9007199254740992; expected a whole number below 2\*\*53"),
+        (lambda gt, dt: (with_category(gt, -(2**70)), dt), r"expected a whole number below 2\*\*53"),
+        (lambda gt, dt: (with_category(gt, 1.5), dt), r"has the id 1.5; expected a whole number"),
         (lambda gt, dt: (gt, [{**dt[0], "image_id": 1}]), r"name 1 images that the ground truth does not have.*1"),
     ],
 )  # fmt: skip
@@ -257,6 +267,66 @@ def test_missing_files_folders_and_broken_files_are_named(write, tmp_path):
         score(gt, results)
     with pytest.raises(ConfigConflictError, match="is a folder; expected the name of a JSON file"):
         score(gt, results, output=tmp_path)
+
+
+@pytest.mark.parametrize("output", ["results.json/below/metrics.json", "closed/metrics.json", "n" * 300])
+def test_what_cannot_be_written_is_refused_and_named(write, tmp_path, output, monkeypatch, capsys):
+    gt, results = write(*make_case(8))
+    (tmp_path / "closed").mkdir()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "closed" and allowed(path, mode))
+    with pytest.raises(ConfigConflictError, match="cannot be written: "):
+        score(gt, results, output=tmp_path / output)
+    assert capsys.readouterr().out == ""
+
+
+def test_what_fails_while_it_is_written_is_named_and_leaves_the_old_file(write, tmp_path, monkeypatch):
+    gt, results = write(*make_case(8))
+    output = tmp_path / "metrics.json"
+    output.write_text("before")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ConfigConflictError, match=r"metrics\.json cannot be written: No space left on device"):
+        score(gt, results, output=output)
+    assert output.read_text() == "before"
+
+
+def test_output_may_be_a_pipe_or_a_link(write, tmp_path):
+    files = write(*make_case(8))
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    record = score(*files, output=tmp_path / "pipe")
+    assert json.loads(os.read(reader, 1 << 16)) == record
+    os.close(reader)
+    (tmp_path / "link").symlink_to("metrics.json")
+    score(*files, output=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "metrics.json").read_text()) == record
+
+
+@pytest.mark.parametrize("lvis", [False, True])
+@pytest.mark.parametrize("move", [2**63, -(2**64), 2**80])
+def test_ids_of_pictures_may_be_of_any_size(write, move, lvis):
+    truth, found = make_case(9, lvis=lvis)
+    expected = score(*write(truth, found), lvis=lvis)
+    for entry in truth["images"]:
+        entry["id"] += move
+    for entry in (*truth["annotations"], *found):
+        entry["image_id"] += move
+    assert score(*write(truth, found), lvis=lvis) == expected
+
+
+def test_the_largest_ids_of_categories(write, capsys):
+    largest = 2**53 - 1
+    truth, found = make_case(10)
+    for entry in (*truth["annotations"], *found):
+        entry["category_id"] = {3: largest, 7: largest - 1}.get(entry["category_id"], entry["category_id"])
+    truth["categories"] = [{"id": key, "name": str(key)} for key in (10, 12, largest - 1, largest)]
+    main(["score", *write(truth, found)])
+    assert capsys.readouterr().out.splitlines() == by_pycocotools(truth, found)[0]
 
 
 def test_unknown_classes_and_contradictions_are_named(write):

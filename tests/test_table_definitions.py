@@ -8,8 +8,10 @@ import yaml
 from rft_lightning.datamodules.coco import BASE_65, FEW_SHOT_8, NOVEL_15
 from rft_lightning.datamodules.lvis import FEW_SHOT_6, RARE_13
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.report.table_definition import class_names, named_classes
+from rft_lightning.report.table_definition import Stage, class_names, named_classes
 from rft_lightning.report.table_files import load_table, shipped_tables
+from rft_lightning.report.table_runs import SETTINGS
+from tests.test_config_files import CONFIGS, parsed
 
 PUBLISHED = tuple("2345678")
 
@@ -134,6 +136,39 @@ def test_a_weighted_mean(tmp_path):
     assert "the mean of the printed cells is 1.5" in table.flags(table.rows[0])["mean"]
 
 
+RULES = {"DetectionMAP": "ap_protocol", "GroundingMaskIoU": "mask_protocol"}
+
+
+@pytest.mark.parametrize("name", sorted(shipped_tables()))
+def test_the_usual_scoring_and_chain_are_those_of_the_recipes(name):
+    """A run of the plan differs in nothing that the plan itself says."""
+    table = load_table(name)
+    chains = [row for row in table.rows if len(row.trainings) > 1]
+    for recipe in table.recipes.values():
+        files = [word for file in (recipe.file, *table.training["SFT"]) for word in ("-c", str(CONFIGS / file))]
+        config = parsed(*files)
+        scoring = {"ap_protocol": "coco", "mask_protocol": "lisa"}
+        for callback in config["trainer"]["callbacks"]:
+            kind, arguments = callback["class_path"].rsplit(".", 1)[-1], callback.get("init_args") or {}
+            if kind in RULES:
+                scoring[RULES[kind]] = arguments["protocol"]
+            assert arguments.get("score_from", "confidence") == SETTINGS["score_from"]
+            assert arguments.get("strict", False) is (SETTINGS["acc_50"] == "strict")
+        usual = {**SETTINGS, **table.usual(table.rows[0])}
+        assert {name: usual[name] for name in scoring} == scoring
+        trained = config["model"]["init_args"]
+        assert trained["lora"] is None
+        supervised = Stage("SFT", table.steps, "full", trained["with_thought"], table.prompts_per_step)
+        assert [table.usual(row)["before"] for row in chains] == [(supervised,)] * len(chains)
+
+
+def test_a_definition_may_say_what_its_chains_start_with(tmp_path):
+    rows = [{"model": "m", "method": "SFT then RFT"}]
+    before = [{"method": "SFT", "steps": 5, "thought": False}]
+    table = load_table(written(tmp_path, rows=rows, settings_of={"SFT then RFT": {"before": before}}))
+    assert table.usual(table.rows[0])["before"] == (Stage("SFT", steps=5, thought=False),)
+
+
 ROW = {"model": "m", "method": "RFT"}
 RECIPE = {"file": "coco.yaml", "match": {"data": "D"}}
 
@@ -152,6 +187,8 @@ RECIPE = {"file": "coco.yaml", "match": {"data": "D"}}
         ({"models": {"m": {"policy": "p", "parameters": "2e9", "rft": {}}}}, "expected parameters to be float"),
         ({"models": {"m": {"policy": "p", "parameters": 1, "rft": {}}}}, "models.m.rft needs model.group_size"),
         ({"training": {"DPO": []}}, "training has .'DPO'."),
+        ({"settings": {"before": "SFT"}}, "to be a list of trainings, each with method, steps, .*; found 'SFT'"),
+        ({"settings_of": {"RFT": {"before": [5]}}}, "expected before of the settings to be a list of trainings"),
         ({"rows": {}}, "expected rows to be a list"),
         ({"rows": [ROW, ROW]}, r"row 2 \(m, RFT\) is there twice"),
         ({"rows": [{**ROW, "published": [1.0]}]}, r"expected 3 published numbers \(mean, a, b\), found 1"),

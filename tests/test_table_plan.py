@@ -53,7 +53,7 @@ def test_the_commands_of_a_row_as_a_whole():
     run = f"{files} --data.shots 4 --seed_everything 1 {start} --model.group_size 8"
     base, asked = "runs/paper/table3/2B/zero_shot/evaluation/presence", "--model.max_completion_length 1024"
     end = f'--split test --ckpt_path "$(last {RFT_RUN})" --output_dir {RFT_RUN}/evaluation'
-    mapped = f"--data.query_mode map --data.presence_map {base}/presence_map.json"
+    mapped = f"--data.query_mode map --data.presence_map {base}/predictions.jsonl"
     assert found == [
         f'rft fit {run} --run_dir {RFT_RUN} --ckpt_path "$(begun {RFT_RUN})"',
         f"rft evaluate {run} {asked} --data.query_mode all {end}/all",
@@ -98,7 +98,7 @@ def test_the_map_of_the_tuned_model_is_planned_where_it_is_asked_for():
     presence, mapped = [c for c in commands(text_of(plan_of("3", choice))) if c.startswith("rft evaluate")]
     own = f"{RFT_RUN}/evaluation/presence"
     assert presence.endswith(f'--ckpt_path "$(last {RFT_RUN})" --output_dir {own}')
-    assert f"--data.presence_map {own}/presence_map.json" in mapped
+    assert f"--data.presence_map {own}/predictions.jsonl" in mapped
 
 
 @pytest.mark.parametrize("name", sorted(shipped_tables()))
@@ -398,6 +398,15 @@ def test_the_command_prints_a_script_and_writes_it(tmp_path, capsys):
         (Choice(models=["3B"]), "--models: the table has no 3B; it has 2B, 7B"),
         (Choice(shots=[3]), "--shots: the table has no 3; it has 1, 2, 4, 8, 16"),
         (Choice(evaluations=["best"]), "--evaluations: the table has no best; it has all, map, map_tuned, gt"),
+        (
+            Choice(models=["7B"], methods=["SFT"], shots=[16]),
+            "--models 7B --methods SFT --shots 16: the table has no such row. Name one of those that it has: "
+            "7B, zero-shot; 7B, SFT, 4 shots; 7B, RFT, 4 shots; 7B, SFT then RFT, 4 shots.",
+        ),
+        (
+            Choice(models=["2B"], methods=["zero-shot"], evaluations=["map_tuned"]),
+            "the rows 2B, zero-shot have no such evaluation",
+        ),
     ],
 )
 def test_what_the_table_has_not_is_refused(choice, message):

@@ -14,7 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
 from rft_lightning.errors import ConfigConflictError
-from rft_lightning.evaluation.rows import asked_of
+from rft_lightning.evaluation.rows import asked_of, task_of
+from rft_lightning.prompts import picture_loader
 from rft_lightning.sample import NOT_COUNTED, Answer, Prediction, Sample
 
 
@@ -24,7 +25,8 @@ class SampleBatch:
 
     Attributes:
         samples: B samples.
-        images: their pictures, RGB, at their original size; none where the system does not look at them.
+        images: their pictures, RGB, at their original size, one object for samples that show one picture; none where
+            the system does not look at them.
     """
 
     samples: list[Sample]
@@ -149,17 +151,18 @@ class BaselineModule(LightningModule, ABC):
         )
 
     def _check_task(self, sample: Sample) -> None:
-        if sample.task.name not in self.tasks:
+        if task_of(sample) not in self.tasks:
             raise ConfigConflictError(
-                f"{type(self).__name__} answers {' and '.join(self.tasks)} samples, found the {sample.task.name} "
+                f"{type(self).__name__} answers {' and '.join(self.tasks)} samples, found the {task_of(sample)} "
                 f"sample {sample.id!r}. Take data with {' or '.join(self.tasks)} questions, or a system that answers "
                 "such samples (docs/baselines.md)."
             )
 
 
 def load_samples(samples: Sequence[Sample], *, images: bool = True) -> SampleBatch:
-    """A batch of samples, their pictures read from disk where `images` are needed."""
-    return SampleBatch(list(samples), [sample.load_image() for sample in samples] if images else [])
+    """A batch of samples, their pictures read from disk, each once, where `images` are needed."""
+    load = picture_loader()
+    return SampleBatch(list(samples), [load(sample) for sample in samples] if images else [])
 
 
 def asked(sample: Sample, system: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rft_lightning.baselines.base import BaselineModule, SampleBatch, asked
 from rft_lightning.errors import ConfigConflictError
+from rft_lightning.evaluation.rows import task_of
 from rft_lightning.pretrained import check_dtype, load_pretrained
 from rft_lightning.sample import Answer, Sample
 
@@ -84,7 +85,7 @@ class GroundingDINO(BaselineModule):
 
     def _answer(self, sample: Sample, boxes: Tensor, scores: Tensor, worded: Tensor) -> Answer:
         order = scores.argsort(descending=True, stable=True)
-        if sample.task.name == "grounding":
+        if task_of(sample) == "grounding":
             order = order[:1]
         else:
             order = order[((scores > self.box_threshold) & worded)[order]][: self.max_boxes]

@@ -1,6 +1,6 @@
 """OVSegApproximation: mask proposals, and CLIP's choice among them.
 
-Shape legend: Q proposals, H rows and W columns of a picture.
+Shape legend: E expressions about one picture, Q proposals, H rows and W columns of a picture.
 """
 
 from __future__ import annotations
@@ -79,11 +79,15 @@ class OVSegApproximation(BaselineModule):
         """See the base class."""
         answers: dict[int, Answer] = {}
         for rows in batch.by_size():
-            part = batch.select(rows)
-            proposals = self._proposals(part.images)
-            for row, sample, image, masks in zip(rows, part.samples, part.images, proposals, strict=True):
-                mask = self._chosen(self.question(sample), image, masks)
-                answers[row] = Answer(boxes=box_of_mask(mask), mask=mask)
+            about: dict[int, list[int]] = {}
+            for row in rows:
+                about.setdefault(id(batch.images[row]), []).append(row)
+            images = [batch.images[same[0]] for same in about.values()]
+            for image, same, masks in zip(images, about.values(), self._proposals(images), strict=True):
+                chosen = self._chosen([self.question(batch.samples[row]) for row in same], image, masks)
+                answers |= {
+                    row: Answer(boxes=box_of_mask(mask), mask=mask) for row, mask in zip(same, chosen, strict=True)
+                }
         return [answers[row] for row in range(len(batch))]
 
     def _proposals(self, images: list[Image.Image]) -> list[np.ndarray]:
@@ -101,22 +105,23 @@ class OVSegApproximation(BaselineModule):
             found.append(masks[masks.flatten(1).any(1)].cpu().numpy())
         return found
 
-    def _chosen(self, expression: str, image: Image.Image, masks: np.ndarray) -> np.ndarray:
-        """The mask [H, W] of masks [Q, H, W] whose region is most similar to an expression; empty for none."""
+    def _chosen(self, expressions: list[str], image: Image.Image, masks: np.ndarray) -> np.ndarray:
+        """[E, H, W]: of masks [Q, H, W] those whose regions are most similar to the expressions; empty for none."""
         if len(masks) == 0:
-            return np.zeros((image.height, image.width), dtype=bool)
+            return np.zeros((len(expressions), image.height, image.width), dtype=bool)
         colour = tuple(round(255 * value) for value in self.clip_processor.image_processor.image_mean)
         inputs = self.clip_processor(
-            text=[expression],
+            text=expressions,
             images=[region(image, mask, colour) for mask in masks],
+            padding=True,
             truncation=True,
             max_length=self.clip.config.text_config.max_position_embeddings,
             return_tensors="pt",
         )
         pixels = inputs.pop("pixel_values").to(self.device, self.clip.dtype)
         moved = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        similarity = self.clip(pixel_values=pixels, **moved).logits_per_text[0]
-        chosen: np.ndarray = masks[int(similarity.argmax())]
+        similarity = self.clip(pixel_values=pixels, **moved).logits_per_text
+        chosen: np.ndarray = masks[similarity.argmax(-1).tolist()]
         return chosen
 
 

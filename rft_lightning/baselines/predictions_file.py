@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +12,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from rft_lightning.baselines.base import BaselineModule, SampleBatch
+from rft_lightning.collectives import gather_objects
 from rft_lightning.errors import AnnotationError, ConfigConflictError
-from rft_lightning.evaluation.rows import asked_of, check_boxes, check_confidences, decode_mask, read_rows
+from rft_lightning.evaluation.rows import asked_of, check_confidences, decision_of, read_rows, task_of
+from rft_lightning.evaluation.targets import check_boxes
+from rft_lightning.run_lengths import read_mask
 from rft_lightning.sample import Answer, Sample, as_boxes
 from rft_lightning.segmenter import box_of_mask
+from rft_lightning.tasks import PresenceTask
 
 MATCHED_BY, ANSWERED = ("id", "image_id", "asked"), ("label", "boxes", "confidences", "mask", "text")
 
@@ -28,7 +32,7 @@ class PredictionsFile(BaselineModule):
     The file holds one JSON object per line. It names its sample by ``id``, or by ``image_id`` and ``asked`` (the class
     or expression; left out where the task asks for no particular one), and holds the answer:
 
-    - ``label``: the class; for presence questions yes or no;
+    - ``label``: the class; for presence questions yes or no, in whatever case;
     - ``boxes``: a list of [x1, y1, x2, y2] in pixels of the original picture; [] where nothing was found;
     - ``confidences``: as many numbers in [0, 1]; 1 where left out;
     - ``mask``: of grounding, in COCO's run-length encoding, {"size": [height, width], "counts": ...}, compressed or
@@ -82,7 +86,8 @@ class PredictionsFile(BaselineModule):
         """See the base class.
 
         Raises:
-            AnnotationError: a sample has no line, or its mask is of another size than its picture.
+            AnnotationError: a sample has no line, its mask is of another size than its picture, or a presence question
+                is answered with neither yes nor no.
         """
         return [self._answer(sample) for sample in batch.samples]
 
@@ -103,6 +108,8 @@ class PredictionsFile(BaselineModule):
         else:
             # A copy: callbacks add to answers, and several samples may share a line.
             number, answer = found[0], replace(found[1])
+            if task_of(sample) == PresenceTask.name:
+                answer.label = self._decision(number, answer, sample)
         if answer.mask is None and self._has_masks:
             answer.mask = np.zeros((height, width), dtype=bool)
         if answer.mask is not None and answer.mask.shape != (height, width):
@@ -112,11 +119,21 @@ class PredictionsFile(BaselineModule):
             )
         return answer
 
+    def _decision(self, number: int, answer: Answer, sample: Sample) -> str | None:
+        try:
+            return decision_of({"label": answer.label, "parsed": answer.parsed})
+        except ValueError as error:
+            raise AnnotationError(
+                f"{self.path}, line {number}: label is {answer.label!r}, but sample {sample.id!r} is a presence "
+                "question; expected yes or no, or text alone where the answer could not be read."
+            ) from error
+
     def on_validation_epoch_end(self) -> None:
         """Say how many samples had no line, so that a wrong file does not look like a bad system."""
-        if self._absent:
+        absent = sum(gather_objects(self._absent))
+        if absent:
             rank_zero_warn(
-                f"{self._absent} samples have no answer in {self.path}; they count as answers that could not be read."
+                f"{absent} samples have no answer in {self.path}; they count as answers that could not be read."
             )
         self._absent = 0
 
@@ -169,10 +186,10 @@ def _answer_of(row: Mapping[str, Any]) -> Answer:
     for name in ("label", "text"):
         if not isinstance(row.get(name), str | None):
             raise ValueError(f"{name} is {row[name]!r}, expected a string")
-    mask = None if row.get("mask") is None else _mask(row["mask"])
+    mask = None if row.get("mask") is None else _mask(row["mask"])  # decoded where it is read
     boxes = row.get("boxes")
     if boxes is None and mask is not None:
-        boxes = box_of_mask(mask)
+        boxes = box_of_mask(mask())
     elif boxes is not None:
         check_boxes(boxes)
     count = 0 if boxes is None else len(boxes)
@@ -185,10 +202,10 @@ def _answer_of(row: Mapping[str, Any]) -> Answer:
     )
 
 
-def _mask(found: Any) -> np.ndarray:
+def _mask(found: Any) -> Callable[[], np.ndarray]:
     if not isinstance(found, dict) or set(found) != {"size", "counts"}:
         raise ValueError(f'mask is {str(found)[:80]}, expected {{"size": [height, width], "counts": ...}}')
-    return decode_mask(found)
+    return read_mask(found)
 
 
 __all__ = ["PredictionsFile", "read_answers"]

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rft_lightning.checkpointing import read_record
-from rft_lightning.errors import CheckpointError
 from rft_lightning.evaluation.voting import Voting
-from rft_lightning.model_card import CONFIG
+from rft_lightning.model_card import run_of, runs_of
 
 ZERO_SHOT, SFT, RFT = "zero-shot", "SFT", "RFT"
+SCORING = ("ap_protocol", "score_from", "mask_protocol", "acc_50")
+_OF_TRAINING = ("steps", "tuning", "thought", "prompts_per_step")
+# Settings that are facts of their own or no part of an outcome: where files lie, how work is cut, what is validated.
+_APART = {
+    "policy", "seed", "shots", "quantize", "with_thought", "group_size", "batch_size", "mini_batch_prompts",
+    "micro_batch_prompts", "rollout_prompts", "forward", "cuda_graphs", "gradient_checkpointing", "sync_gradients",
+    "on_nonfinite", "root", "image_root", "annotation_root", "manifest", "num_workers", "eval_batch_size", "val_shots",
+    "val_limit", "query_mode", "presence_map", "processor", "on_bad_image",
+}  # fmt: skip
 _METHODS = {"SFTModule": SFT, "GRPOModule": RFT}
 
 
@@ -27,6 +36,7 @@ def describe(
     split: str,
     voting: Voting,
     limit: int | None = None,
+    callbacks: Iterable[Any] = (),
 ) -> dict[str, Any]:
     """The facts of an evaluation.
 
@@ -37,10 +47,13 @@ def describe(
       `steps` is what the checkpoint has; `tuning` full, lora or qlora; `thought` whether supervised answers had one;
       `rules` and `group_size` of reinforcement; `prompts_per_step` over all devices, None where their number is left
       to the machine.
+    - ``before``: of each training before the last one ``method steps tuning thought prompts_per_step``.
+    - ``training``: a hash of all further settings of the last training that its outcome depends on; None without one.
     - ``task``: name of what was asked; of several, joined by "and".
-    - ``data split limit classes query_mode presence_map box_from``: what was asked; `presence_map` is base or tuned
-      where an evaluation of such a policy wrote the map, else the file's name.
+    - ``data split limit classes query_mode presence_map box_from``: what was asked; `presence_map` is base, tuned or a
+      comparison system where an evaluation of one wrote the map, else the file's name.
     - ``answers choose temperature``: how each question was answered; `choose` of several.
+    - ``ap_protocol score_from mask_protocol acc_50``: how the metric callbacks scored; None of what none of them does.
 
     Args:
         model: the module that answers.
@@ -50,10 +63,11 @@ def describe(
         split: which is asked.
         voting: how a question is answered.
         limit: how many questions were asked at most.
+        callbacks: metric callbacks.
     """
     start = getattr(model, "checkpoint", None)
     trained = hasattr(model, "voting")
-    runs = [] if not trained else history(str(start), ckpt_path)
+    runs = history(str(start), ckpt_path) if trained else []
     last = runs[-1] if runs else {}
     settings, data = _arguments(last, "model"), _arguments(last, "data")
     asked = _arguments(yaml.safe_load(config) if config else {}, "data")
@@ -62,6 +76,8 @@ def describe(
     return {
         "method": _method(runs) if trained else getattr(model, "name", None) or type(model).__name__,
         "policy": _origin(runs, start) if trained else start,
+        "before": [_stage(run) for run in runs[:-1]],
+        "training": _training(last) if runs else None,
         "data": type(datamodule).__name__,
         "task": " and ".join(sorted({task.name for task in _tasks(datamodule)})) or None,
         "split": split,
@@ -69,53 +85,47 @@ def describe(
         "classes": asked.get("classes"),
         "shots": data.get("shots"),
         "seed": last.get("seed_everything"),
-        "steps": last.get("steps") or (last.get("trainer") or {}).get("max_steps"),
-        "tuning": _tuning(settings) if runs else None,
-        "thought": settings.get("with_thought"),
+        **(_of_training(last) if runs else dict.fromkeys(_OF_TRAINING)),
         "rules": _rules(data) if settings.get("group_size") else None,
         "group_size": settings.get("group_size"),
-        "prompts_per_step": _prompts_per_step(last, data, settings),
         "query_mode": asked.get("query_mode"),
         "presence_map": None if not map_file else map_origin(Path(str(map_file))),
         "box_from": asked.get("box_from"),
         "answers": voting.answers,
         "choose": voting.choose if voting.answers > 1 else None,
         "temperature": temperature,
+        **dict.fromkeys(SCORING),
+        **{name: value for callback in callbacks for name, value in callback.scoring.items()},
     }
 
 
-def history(policy: str, ckpt_path: str | None, known: frozenset[Path] = frozenset()) -> list[dict[str, Any]]:
-    """The configurations of the runs that made a policy, the first one first.
+def history(policy: str, ckpt_path: str | None) -> list[dict[str, Any]]:
+    """The configurations of the runs that made a policy, the first one first, each with its ``steps``.
 
     Args:
         policy: the policy as it starts; the folder of one that `fit` exported says what made it.
         ckpt_path: a checkpoint of `fit` that follows on it.
-        known: configurations that were read already: a policy may have been exported over the one it started from.
 
     Raises:
-        CheckpointError: `ckpt_path` is no checkpoint that `fit` wrote.
+        CheckpointError: `ckpt_path` is no checkpoint that `fit` wrote, or the folder cannot be read.
     """
-    if ckpt_path is not None:
-        record = read_record(ckpt_path)
-        text = (record.get("run") or {}).get("config")
-        run = yaml.safe_load(text) if text else {"model": {"class_path": (record.get("run") or {}).get("method")}}
-        return [*history(str(record["policy"]), None), {**run, "steps": (record.get("run") or {}).get("steps")}]
-    file = (Path(policy) / CONFIG).resolve()
-    if not file.is_file() or file in known:
-        return []
-    run = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(run, Mapping):
-        raise CheckpointError(f"{file} is no configuration of a run; remove it, or export the policy again.")
-    return [*history(str(_arguments(run, "model").get("policy")), None, known | {file}), dict(run)]
+    if ckpt_path is None:
+        return runs_of(policy)
+    record = read_record(ckpt_path)
+    facts = record.get("run") or {}
+    return [*facts.get("before", []), run_of(facts)]
 
 
 def map_origin(file: Path) -> str:
-    """``base`` or ``tuned``, if an evaluation of such a policy wrote a presence map; else the name of its file."""
+    """Who wrote a presence map: ``base``, ``tuned`` or a comparison system by name; else the name of its file."""
     beside = file.parent / "metrics.json"
     if not beside.is_file():
         return file.name
-    method = json.loads(beside.read_text(encoding="utf-8"))["experiment"]["method"]
-    return "base" if method == ZERO_SHOT else "tuned"
+    experiment = json.loads(beside.read_text(encoding="utf-8")).get("experiment") or {}
+    method = str(experiment.get("method") or file.name)
+    if method == ZERO_SHOT:
+        return "base"
+    return "tuned" if set(method.split(" then ")) <= set(_METHODS.values()) else method
 
 
 def _method(runs: list[dict[str, Any]]) -> str:
@@ -125,6 +135,30 @@ def _method(runs: list[dict[str, Any]]) -> str:
 
 def _origin(runs: list[dict[str, Any]], start: Any) -> Any:
     return _arguments(runs[0], "model").get("policy", start) if runs else start
+
+
+def _stage(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {"method": _method([dict(run)]), **_of_training(run)}
+
+
+def _of_training(run: Mapping[str, Any]) -> dict[str, Any]:
+    settings = _arguments(run, "model")
+    values = run.get("steps"), _tuning(settings), settings.get("with_thought"), _prompts_per_step(run)
+    return dict(zip(_OF_TRAINING, values, strict=True))
+
+
+def _training(run: Mapping[str, Any]) -> str:
+    """Equal for runs that differ in their seed, their machine and in what is a fact of its own alone."""
+    parts = {name: _without(_arguments(run, name), _APART) for name in ("model", "data")}
+    parts["precision"] = (run.get("trainer") or {}).get("precision")
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _without(value: Any, names: Collection[str]) -> Any:
+    """A nested value without the entries of these names."""
+    if isinstance(value, Mapping):
+        return {key: _without(entry, names) for key, entry in value.items() if key not in names}
+    return [_without(entry, names) for entry in value] if isinstance(value, list) else value
 
 
 def _tuning(settings: Mapping[str, Any]) -> str:
@@ -149,8 +183,8 @@ def _rules(data: Mapping[str, Any]) -> str | None:
     return " and ".join(sorted(found)) or None
 
 
-def _prompts_per_step(run: Mapping[str, Any], data: Mapping[str, Any], settings: Mapping[str, Any]) -> int | None:
-    trainer = run.get("trainer") or {}
+def _prompts_per_step(run: Mapping[str, Any]) -> int | None:
+    trainer, data, settings = run.get("trainer") or {}, _arguments(run, "data"), _arguments(run, "model")
     devices, prompts = trainer.get("devices"), settings.get("mini_batch_prompts") or data.get("batch_size")
     if not isinstance(devices, int) or devices < 1 or prompts is None:
         return None

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rft_lightning.boxes import valid_boxes
+from rft_lightning.errors import AnnotationError
 from rft_lightning.evaluation.rows import line_of, prediction_of
 from rft_lightning.placing import write_whole
 from rft_lightning.presence_map import PresenceMap
@@ -55,8 +56,8 @@ def write_results(
     callbacks = list(metrics)
     record = {"version": VERSION, "experiment": dict(experiment), **scores_of(predictions, callbacks)}
     detections = [p for p in predictions if isinstance(p.target, DetectionTarget)]
-    write_whole(folder / PREDICTIONS, "".join(map(line_of, rows)))
-    write_whole(folder / FAILURES, "".join(map(line_of, failures)))
+    write_whole(folder / PREDICTIONS, map(line_of, rows))
+    write_whole(folder / FAILURES, map(line_of, failures))
     if detections:
         score_from = next((callback.score_from for callback in callbacks if hasattr(callback, "score_from")), SCORES[0])
         write_whole(folder / RESULTS, json.dumps(coco_results(detections, score_from)) + "\n")
@@ -135,11 +136,17 @@ def kinds_of(prediction: Prediction) -> set[str]:
 
 def evaluated_boxes(boxes: Tensor) -> Tensor:
     """[K, 4] the boxes of an answer as they are evaluated: one without area is an answer too, and wrong anywhere."""
+    if not len(boxes):
+        return boxes
     return torch.where(valid_boxes(boxes)[:, None], boxes, boxes.new_tensor(_NOWHERE))
 
 
 def box_scores(prediction: Prediction, score_from: str) -> Tensor:
-    """[K] what ranks the boxes of an answer among those of all pictures; see the callback DetectionMAP."""
+    """[K] what ranks the boxes of an answer among those of all pictures; see the callback DetectionMAP.
+
+    Raises:
+        AnnotationError: their share of the picture is asked for, whose size is not known.
+    """
     boxes = prediction.answer.boxes
     if score_from == "confidence":
         return prediction.answer.confidences
@@ -148,6 +155,11 @@ def box_scores(prediction: Prediction, score_from: str) -> Tensor:
     if score_from == "rank":
         return 1 / torch.arange(1, len(boxes) + 1, dtype=torch.float64)
     width, height = prediction.sample.image_size
+    if len(boxes) and min(width, height) < 1:
+        raise AnnotationError(
+            f"Sample {prediction.sample.id!r} has the image_size {[width, height]}, expected [width, height]: scores "
+            "from area are shares of the picture. Add it to the rows, or take other scores (score_from)."
+        )
     return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) / (width * height)
 
 
@@ -155,6 +167,8 @@ def coco_results(predictions: Iterable[Prediction], score_from: str) -> list[dic
     """Detections in the results format of COCO and LVIS: one entry per box, its corner, width and height in pixels."""
     entries = []
     for prediction in predictions:
+        if not len(prediction.answer.boxes):
+            continue
         target = prediction.target
         assert isinstance(target, DetectionTarget)
         corners = evaluated_boxes(prediction.answer.boxes)

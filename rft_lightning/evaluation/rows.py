@@ -3,8 +3,8 @@
 The keys of a row, in this order; those of what a task does not have are empty or null:
 
 - ``id``, ``image_id``, ``image`` (path, or null for a rendered picture), ``image_size`` [width, height];
-- ``labelled``, ``task`` (classification, detection, grounding, presence), ``asked`` (class or expression),
-  ``question``;
+- ``labelled``, ``task`` (by the kind of target: classification, detection, grounding, presence), ``asked`` (class or
+  expression), ``question``;
 - ``text`` (as written), ``thought``, ``label``, ``boxes`` (xyxy in pixels of the original image), ``confidences``,
   ``parsed``, ``well_formed``, ``no_objects``, ``answer_blocks``, ``problems`` (in words), ``problem_kinds`` (of each),
   ``num_tokens``, ``truncated``;
@@ -16,34 +16,31 @@ The keys of a row, in this order; those of what a task does not have are empty o
   several was chosen), ``unasked`` (true: a presence map ruled the question out, which counts as an empty answer).
 
 A row from elsewhere needs ``id``, ``task``, ``target`` and what was answered: ``label``, or ``boxes``, and as far as
-they are known ``confidences``, ``mask`` and ``image_id``.
+they are known ``confidences``, ``mask`` and ``image_id``. The ``label`` of a presence question is yes or no (or Yes, or
+NO).
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from rft_lightning.answers import Problem
 from rft_lightning.errors import AnnotationError
-from rft_lightning.masks import Region
-from rft_lightning.sample import (
-    Answer,
-    ClassTarget,
-    DetectionTarget,
-    GroundingTarget,
-    Prediction,
-    PresenceTarget,
-    Sample,
-    Target,
-    as_boxes,
+from rft_lightning.evaluation.targets import (
+    TARGETS,
+    check_boxes,
+    is_number,
+    read_boxes,
+    read_numbers,
+    read_target,
+    target_row,
 )
+from rft_lightning.rewards.presence import NO, YES
+from rft_lightning.run_lengths import encode_mask, read_mask
+from rft_lightning.sample import Answer, DetectionTarget, GroundingTarget, Prediction, PresenceTarget, Sample
 from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask, PresenceTask
 
 # Task by its name in a row, for rows that are read: with the paper's rewards, which scoring does not use.
@@ -59,7 +56,11 @@ _PLAIN = ("text", "label", "thought", "well_formed", "no_objects", "answer_block
 
 
 def row_of(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as plain data; see the description of the module."""
+    """A prediction as plain data; see the description of the module.
+
+    Raises:
+        ValueError: it was read as an answer to a presence question, and is neither yes nor no.
+    """
     sample, answer = prediction.sample, prediction.answer
     row = {
         "id": sample.id,
@@ -67,7 +68,7 @@ def row_of(prediction: Prediction) -> dict[str, Any]:
         "image": str(sample.image) if isinstance(sample.image, Path) else None,
         "image_size": list(sample.image_size),
         "labelled": sample.target is not None,
-        "task": sample.task.name,
+        "task": task_of(sample),
         "asked": asked_of(sample),
         "question": sample.question,
         "text": prediction.text,
@@ -83,8 +84,10 @@ def row_of(prediction: Prediction) -> dict[str, Any]:
         "problem_kinds": [getattr(problem, "kind", "more") for problem in answer.problems],
         "num_tokens": answer.num_tokens,
         "truncated": answer.truncated,
-        "target": None if sample.target is None else _target_row(sample.target),
+        "target": None if sample.target is None else target_row(sample.target),
     }
+    if row["task"] == PresenceTask.name:
+        row["label"] = decision_of(row)
     if answer.mask is not None:
         row["mask"] = encode_mask(answer.mask)
     if prediction.texts:
@@ -109,56 +112,66 @@ def prediction_of(row: Mapping[str, Any]) -> Prediction:
     sample = Sample(
         id=str(row["id"]),
         image=Path(row.get("image") or "."),
-        target=None if target is None else _TARGETS[name](target, _size(row)),
+        target=None if target is None else read_target(name, target, _size(row)),
         task=_TASKS[name],
         image_size=_size(row) or (0, 0),
-        image_id=row.get("image_id", row["id"]),
+        image_id=row["id"] if row.get("image_id") is None else row["image_id"],
         question=row.get("question"),
         asked=row.get("asked"),
     )
     answer = Answer(
-        boxes=as_boxes(row.get("boxes")),
-        confidences=torch.tensor(row.get("confidences") or [], dtype=torch.float64),
+        boxes=read_boxes(row.get("boxes")),
+        confidences=read_numbers(row.get("confidences")),
         problems=_problems(row),
-        mask=decode_mask(row["mask"]) if row.get("mask") is not None else None,
+        mask=read_mask(row["mask"]) if row.get("mask") is not None else None,
         **{key: row[key] for key in _PLAIN if row.get(key) is not None},
     )
+    if name == PresenceTask.name:
+        answer.label = decision_of(row)
     texts, unasked = tuple(row.get("texts") or ()), bool(row.get("unasked", False))
     return Prediction(sample, answer.text, answer, texts=texts, unasked=unasked)
-
-
-def check_boxes(boxes: Any) -> None:
-    """Raise a ValueError unless it is a list of boxes as JSON has them."""
-    if not isinstance(boxes, list):
-        raise ValueError(f"boxes is {boxes!r}, expected a list of [x1, y1, x2, y2]")
-    for box in boxes:
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-            raise ValueError(f"the box {box!r} is not of four finite numbers [x1, y1, x2, y2]")
 
 
 def check_confidences(found: Any, count: int) -> list[float]:
     """The confidences of so many boxes; raises a ValueError unless they are numbers from 0 to 1."""
     if found is None:
         return []
-    if not isinstance(found, list) or not all(_is_number(value) and 0 <= value <= 1 for value in found):
+    if not isinstance(found, list) or not all(is_number(value) and 0 <= value <= 1 for value in found):
         raise ValueError(f"confidences is {found!r}, expected a list of numbers from 0 to 1")
     if len(found) != count:
         raise ValueError(f"found {len(found)} confidences for {count} boxes, expected as many")
     return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def decision_of(row: Mapping[str, Any]) -> str | None:
+    """The ``label`` of a presence row in small letters.
+
+    Raises:
+        ValueError: it is neither yes nor no, and the row does not say that the answer could not be read or was never
+            asked for.
+    """
+    label = row.get("label")
+    said = label.lower() if isinstance(label, str) else None
+    if said not in (YES, NO) and row.get("parsed") is not False and not row.get("unasked"):
+        raise ValueError(f"label is {label!r}, expected {YES} or {NO}, or parsed false where the answer is neither")
+    return said
 
 
 def _check(row: Mapping[str, Any], name: str) -> None:
     """Raise a ValueError or KeyError where a row is not of the form that the description of the module has."""
     for keys, kind, words in _KINDS:
         for key in keys:
-            if row.get(key) is not None and not isinstance(row[key], kind):
-                raise ValueError(f"{key} is {row[key]!r}, expected {words}")
+            value = row.get(key)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{key} is {value!r}, expected {words}")
+    for key in ("id", "image_id"):
+        value = row.get(key)
+        if isinstance(value, bool) or not isinstance(value, str | int | None):
+            raise ValueError(f"{key} is {value!r}, expected a string or a whole number")
     size = row.get("image_size")
-    if size is not None and not (isinstance(size, list) and len(size) == 2 and all(map(_is_number, size))):
+    if size is not None and not (
+        isinstance(size, list) and len(size) == 2 and all(is_number(side) and side >= 1 for side in size)
+    ):
         raise ValueError(f"image_size is {size!r}, expected [width, height]")
     if row.get("boxes") is not None:
         check_boxes(row["boxes"])
@@ -180,7 +193,7 @@ def read_rows(file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         AnnotationError: there is no such file, or a line is no JSON object.
     """
     try:
-        with Path(file).open(encoding="utf-8", errors="surrogateescape") as lines:
+        with Path(file).open(encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
@@ -202,7 +215,7 @@ def read_predictions(file: str | Path) -> list[Prediction]:
     """
     predictions: list[Prediction] = []
     seen: dict[str, int] = {}
-    categories: dict[int, str] = {}
+    categories: dict[int, tuple[str, str | None]] = {}
     for number, row in read_rows(file):
         where = f"{file}, line {number}"
         try:
@@ -220,11 +233,12 @@ def read_predictions(file: str | Path) -> list[Prediction]:
             )
         target = prediction.target
         if isinstance(target, DetectionTarget | PresenceTarget):
-            first = categories.setdefault(target.category_id, target.category)
-            if first != target.category:
+            known = target.category, getattr(target, "frequency", None)
+            first = categories.setdefault(target.category_id, known)
+            if first != known:
                 raise AnnotationError(
-                    f"{where}: category {target.category_id} is called {target.category!r}, and {first!r} before; "
-                    "expected one name for each category_id."
+                    f"{where}: category {target.category_id} is {_named(*known)}, and {_named(*first)} before; "
+                    "expected one name and frequency for each category_id."
                 )
         seen[prediction.sample.id] = number
         predictions.append(prediction)
@@ -233,9 +247,18 @@ def read_predictions(file: str | Path) -> list[Prediction]:
     return predictions
 
 
+def _named(category: str, frequency: str | None) -> str:
+    return repr(category) if frequency is None else f"{category!r} of frequency {frequency}"
+
+
 def line_of(row: Mapping[str, Any]) -> str:
     """A row as its line of the file."""
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def task_of(sample: Sample) -> str:
+    """What a row calls the task of a sample: by the kind of its target, whatever a task of a user's own is called."""
+    return next((name for name, kind in TARGETS.items() if isinstance(sample.target, kind)), sample.task.name)
 
 
 def asked_of(sample: Sample) -> str | None:
@@ -245,110 +268,6 @@ def asked_of(sample: Sample) -> str | None:
     return sample.target.expression if isinstance(sample.target, GroundingTarget) else sample.asked
 
 
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """A mask [H, W] in COCO's run-length encoding, as JSON holds it."""
-    from pycocotools import mask as coco_mask
-
-    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
-
-
-def decode_mask(encoded: Mapping[str, Any]) -> np.ndarray:
-    """The mask [H, W] bool of COCO's run-length encoding, compressed (a string) or not (a list of runs).
-
-    Raises:
-        KeyError, TypeError, ValueError: it is something else.
-    """
-    size, counts = [int(side) for side in encoded["size"]], encoded["counts"]
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"the size of a mask is {encoded['size']}, expected [height, width]")
-    runs = np.asarray(_runs(counts) if isinstance(counts, str) else counts, dtype=np.int64)
-    if runs.sum() != size[0] * size[1] or (runs < 0).any():
-        raise ValueError(f"the runs of a mask cover {runs.sum()} pixels, expected {size[0]} x {size[1]}")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size, order="F")
-
-
-def _runs(counts: str) -> list[int]:
-    """The runs of COCO's compressed encoding, so that they can be counted: pycocotools reads ones that do not add up.
-
-    A run is written in characters of 5 bits, the lowest first, each 48 above its value with a sixth bit where more
-    follow; the last one's highest bit is the sign. From the fourth run on it is the difference to the last but one.
-    """
-    runs: list[int] = []
-    value = shift = 0
-    for character in counts:
-        bits = ord(character) - 48
-        if not 0 <= bits < 64:
-            raise ValueError(f"the counts of a mask hold {character!r}, which COCO's compressed encoding does not use")
-        value |= (bits & 31) << shift
-        shift += 5
-        if bits & 32:
-            continue
-        if bits & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value = shift = 0
-    return runs
-
-
-def _target_row(target: Target) -> dict[str, Any]:
-    if isinstance(target, ClassTarget):
-        return {"label": target.label, "aliases": list(target.aliases)}
-    if isinstance(target, PresenceTarget):
-        return {"present": target.present, "category": target.category, "category_id": target.category_id}
-    if isinstance(target, GroundingTarget):
-        regions = [{"points": [list(point) for point in r.points], "value": r.value} for r in target.regions]
-        return {"expression": target.expression, "boxes": target.boxes.tolist(), "regions": regions}
-    lists = {name: _list(getattr(target, name)) for name in ("boxes", "areas", "ignore_boxes", "ignore_areas")}
-    words = {name: getattr(target, name) for name in ("not_exhaustive", "frequency")}
-    return {"category": target.category, "category_id": target.category_id, **lists, **words}
-
-
-def _list(values: Any) -> list[Any]:
-    return [] if values is None else values.tolist()
-
-
-def _class_target(row: Mapping[str, Any], size: tuple[int, int] | None) -> ClassTarget:
-    return ClassTarget(str(row["label"]), aliases=tuple(row.get("aliases") or ()), image_size=size)
-
-
-def _detection_target(row: Mapping[str, Any], size: tuple[int, int] | None) -> DetectionTarget:
-    check_boxes(row["boxes"])
-    return DetectionTarget(
-        row["boxes"],
-        category=str(row.get("category") or ""),
-        category_id=int(row["category_id"]),
-        areas=row.get("areas"),
-        ignore_boxes=row.get("ignore_boxes"),
-        ignore_areas=row.get("ignore_areas"),
-        image_size=size,
-        not_exhaustive=bool(row.get("not_exhaustive", False)),
-        frequency=row.get("frequency"),
-    )
-
-
-def _grounding_target(row: Mapping[str, Any], size: tuple[int, int] | None) -> GroundingTarget:
-    regions = tuple(
-        Region(tuple((int(x), int(y)) for x, y in region["points"]), int(region.get("value", 1)))
-        for region in row.get("regions") or ()
-    )
-    return GroundingTarget(row["boxes"], expression=str(row.get("expression") or ""), image_size=size, regions=regions)
-
-
-def _presence_target(row: Mapping[str, Any], size: tuple[int, int] | None) -> PresenceTarget:
-    if not isinstance(row["present"], bool):
-        raise ValueError(f"present is {row['present']!r}, expected true or false")
-    return PresenceTarget(row["present"], str(row.get("category") or ""), int(row["category_id"]), size)
-
-
-_TARGETS: dict[str, Any] = {
-    "classification": _class_target,
-    "detection": _detection_target,
-    "grounding": _grounding_target,
-    "presence": _presence_target,
-}
-
-
 def _size(row: Mapping[str, Any]) -> tuple[int, int] | None:
     size = row.get("image_size")
     return None if size is None else (int(size[0]), int(size[1]))
@@ -356,13 +275,12 @@ def _size(row: Mapping[str, Any]) -> tuple[int, int] | None:
 
 __all__ = [
     "asked_of",
-    "check_boxes",
     "check_confidences",
-    "decode_mask",
-    "encode_mask",
+    "decision_of",
     "line_of",
     "prediction_of",
     "read_predictions",
     "read_rows",
     "row_of",
+    "task_of",
 ]

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -25,13 +26,13 @@ from lightning.pytorch.callbacks import ProgressBar
 from rft_lightning.errors import AnnotationError, ConfigConflictError
 from rft_lightning.evaluation.experiment import describe
 from rft_lightning.evaluation.parts import Parts
-from rft_lightning.evaluation.results import CONFIG, PREDICTIONS, record_table, write_results
+from rft_lightning.evaluation.results import PREDICTIONS, record_table, write_results
 from rft_lightning.evaluation.rows import read_rows, row_of
-from rft_lightning.evaluation.settings import check_settings, settings_of
+from rft_lightning.evaluation.settings import check_settings, configured, settings_of
 from rft_lightning.evaluation.voting import Voting
 from rft_lightning.model_card import configuration
 from rft_lightning.placing import claimed
-from rft_lightning.sample import Prediction, unasked
+from rft_lightning.sample import Prediction, Sample, unasked
 
 SPLITS = ("test", "val", "train")
 
@@ -68,6 +69,11 @@ def evaluate(
     """
     if split not in SPLITS:
         raise ConfigConflictError(f"Expected split to be one of {', '.join(SPLITS)}, found {split!r}.")
+    if ckpt_path is None and getattr(model, "trained_here", False):
+        raise ConfigConflictError(
+            "The policy was trained in this process, and no file says how: its answers could not be told from those of "
+            "another one. Give ckpt_path, a checkpoint of the run (such as that of its RolloutCheckpoint)."
+        )
     if limit is not None and limit < 1:
         raise ConfigConflictError(f"Expected limit >= 1 or none, found {limit}.")
     folder = Path(output_dir) if output_dir else default_folder(trainer, model, datamodule, split, ckpt_path)
@@ -93,15 +99,25 @@ class Evaluation(Callback):
         model: what answers.
         datamodule: what asks.
         folder: of the evaluation.
+
+    Raises:
+        ConfigConflictError: the Trainer predicts on a part of the data, or has two metric callbacks of one class.
     """
 
     def __init__(self, trainer: Trainer, model: LightningModule, datamodule: Any, folder: Path) -> None:
+        if isinstance(trainer.limit_predict_batches, int) or trainer.limit_predict_batches != 1.0:
+            raise ConfigConflictError(
+                f"trainer.limit_predict_batches is {trainer.limit_predict_batches} (fast_dev_run sets it, too), and an "
+                "evaluation is complete when all questions are answered. Use --limit, a number of questions."
+            )
         self.trainer, self.model, self.datamodule, self.folder = trainer, model, datamodule, folder
         self.parts = Parts(folder)
         self.config = configuration(trainer)
         self.record: dict[str, Any] | None = None
         self.callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self.metrics: list[Any] = [callback for callback in self.callbacks if hasattr(callback, "score")]
+        for callback in self.metrics:
+            callback.setup(trainer, model, "predict")
 
     def run(self, split: str, ckpt_path: str | None, voting: Voting, limit: int | None) -> dict[str, Any] | None:
         """Ask what has no answer, put the answers in order, and score them; see :func:`evaluate`."""
@@ -123,15 +139,16 @@ class Evaluation(Callback):
                 self.parts.close()
 
     def _run(self, split: str, ckpt_path: str | None, voting: Voting, limit: int | None) -> dict[str, Any] | None:
-        self.split, self.limit = split, limit
         self.datamodule.prepare_data()
-        self.ids = self.datamodule.ids(split)[:limit]
-        self.experiment = describe(
-            self.model, self.datamodule, self.config, ckpt_path, split=split, voting=voting, limit=limit
-        )
-        self.settings = settings_of(
-            self.model, self.config, self.ids, ckpt_path, split=split, voting=voting, callbacks=self.metrics
-        )
+        self.ids = self.datamodule.ids(split)
+        if limit is not None and limit >= len(self.ids):
+            limit = None  # what is not cut must not count as cut
+        self.split, self.limit = split, limit
+        self.ids = self.ids[:limit]
+        asked: dict[str, Any] = {"split": split, "voting": voting, "callbacks": self.metrics}
+        self.experiment = describe(self.model, self.datamodule, self.config, ckpt_path, limit=limit, **asked)
+        found = yaml.safe_load(self.config) if self.config else configured(self.trainer, self.model, self.datamodule)
+        self.settings = settings_of(self.model, found, self.ids, ckpt_path, folder=self.folder, **asked)
         before = self.parts.settings()
         if before is None and (self.folder / PREDICTIONS).exists():
             raise ConfigConflictError(
@@ -142,28 +159,38 @@ class Evaluation(Callback):
         answered = self._answered()
         left = sum(name not in answered for name in self.ids)
         if not left:
+            if before is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                self.parts.begin(self.settings)  # of an evaluation in which a presence map leaves nothing to ask
             self._finish()
             return self.record
         if left < len(self.ids) and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             print(f"evaluation: {len(self.ids) - left} of {len(self.ids)} questions are answered; {left} are left")
-        self.datamodule.ask(split, limit=limit, answered=answered)
-        if hasattr(self.model, "voting"):
-            self.model.voting = voting  # type: ignore[assignment]
-        elif voting.answers > 1:
-            raise ConfigConflictError(f"{type(self.model).__name__} gives one answer; leave --answers out.")
-        self._predict(ckpt_path)
+        self._predict(ckpt_path, voting, answered)
         return self.record
 
-    def _predict(self, ckpt_path: str | None) -> None:
-        """Lightning's prediction run, without the callbacks and loggers of training."""
-        trainer: Any = self.trainer
+    def _predict(self, ckpt_path: str | None, voting: Voting, answered: set[str]) -> None:
+        """Lightning's prediction run, without the callbacks and loggers of training; leaves no setting behind."""
+        trainer, model = cast(Any, self.trainer), cast(Any, self.model)
+        usual = getattr(model, "voting", None)
+        if usual is None and voting.answers > 1:
+            raise ConfigConflictError(f"{type(model).__name__} gives one answer; leave --answers out.")
+        self.datamodule.ask(self.split, limit=self.limit, answered=answered)
         bars = [callback for callback in self.callbacks if isinstance(callback, ProgressBar)]
         loggers, trainer.loggers = trainer.loggers, []
         trainer.callbacks = [*self.metrics, *bars, self]
+        if usual is not None:
+            model.voting = voting
+        collate = self.datamodule.collate
+        if collate is None and hasattr(model, "encoder_for"):
+            self.datamodule.collate = model.encoder_for(self.datamodule)
         try:
-            trainer.predict(self.model, datamodule=self.datamodule, return_predictions=False, ckpt_path=ckpt_path)
+            trainer.predict(model, datamodule=self.datamodule, return_predictions=False, ckpt_path=ckpt_path)
         finally:
             trainer.callbacks, trainer.loggers = self.callbacks, loggers
+            self.datamodule.ask()
+            self.datamodule.collate = collate
+            if usual is not None:
+                model.voting = usual
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -200,34 +227,43 @@ class Evaluation(Callback):
                 # Another process of this run found all answers there, and has put them in their place.
                 if not complete.is_file():
                     raise
+        changed = f"It was complete once and has been changed since; remove {self.folder} to evaluate again."
         try:
-            return {row["id"] for _, row in read_rows(complete)}
+            answered = {row["id"] for _, row in read_rows(complete)}
         except AnnotationError as error:
-            raise AnnotationError(
-                f"{error} It was complete once and has been changed since; remove {self.folder} to evaluate again."
-            ) from error
+            raise AnnotationError(f"{error} {changed}") from error
+        if missing := set(self.ids) - answered:
+            raise AnnotationError(f"{complete} has no answer to {len(missing)} questions. {changed}")
+        return answered
 
     @rank_zero_only
     def _finish(self) -> None:
-        """Put the answers in the order of the data, score them, and write all files; the parts are of no use then."""
+        """Put the answers in the order of the data, score them, and write all files; the parts are of no use then.
+
+        Answers are compared with the annotations as they are now, which may have been corrected since.
+        """
         file = self.folder / PREDICTIONS
         found = [row for _, row in read_rows(file)] if file.is_file() else list(self.parts.rows())
         by_id: dict[str, dict[str, Any]] = {}
         for row in found:
             by_id.setdefault(row["id"], row)
-        rows = [by_id[name] for name in self.ids]
-        images = {str(row["image_id"]) for row in rows}
-        rows += [
-            row_of(unasked(sample))
-            for sample in self.datamodule.unasked(self.split)
-            if str(sample.image_id) in images or self.limit is None
-        ]
-        # What was answered before was answered under the configuration that is there.
-        asked_now = not (self.folder / CONFIG).is_file() or not file.is_file()
-        config = self.config if asked_now else None
-        self.record = write_results(self.folder, rows, self.metrics, self.experiment, config)
+        samples = self.datamodule.split(self.split)
+        rows = [self._annotated(by_id[name], samples[number]) for number, name in enumerate(self.ids)]
+        rows += [row_of(unasked(sample)) for sample in self.datamodule.unasked(self.split, self.limit)]
+        self.record = write_results(self.folder, rows, self.metrics, self.experiment, self.config)
         self.parts.remove()
         print("\n".join([*record_table(self.record), f"evaluation: {self.folder}"]))
+
+    def _annotated(self, row: dict[str, Any], sample: Sample) -> dict[str, Any]:
+        """A row with what the data set says of its sample now."""
+        now = row_of(unasked(sample))
+        if now["image_size"] != row["image_size"]:
+            raise ConfigConflictError(
+                f"{self.folder} holds an answer about another picture: that of sample {sample.id!r} was of "
+                f"{row['image_size']} pixels and is of {now['image_size']}. Give this evaluation a folder of its own "
+                "(--output_dir), or remove that one."
+            )
+        return {**row, **{name: now[name] for name in ("labelled", "asked", "target")}}
 
 
 __all__ = ["SPLITS", "Evaluation", "default_folder", "evaluate"]

@@ -11,6 +11,7 @@ from rft_lightning.errors import ConfigConflictError
 from rft_lightning.metrics.matched_iou import matched_iou_sum
 from rft_lightning.rewards.accuracy import normalise_label
 from rft_lightning.sample import Answer, Sample
+from rft_lightning.tasks import ClassificationTask, DetectionTask, GroundingTask, PresenceTask
 
 CHOICES = ("majority", "best")
 
@@ -59,13 +60,19 @@ class Voting:
         """Number of the answer that counts.
 
         Raises:
-            ConfigConflictError: `best`, of a sample whose right answer is not known.
+            ConfigConflictError: `best`, of a sample whose right answer is not known, or `majority`, of a task that is
+                none of this package's four or made from one.
         """
         if len(answers) == 1:
             return 0
         if self.choose == "best":
             return _first_highest([_reward(sample, answer) for answer in answers])
-        agrees = _AGREEMENT[sample.task.name]
+        agrees = next((rule for kind, rule in _AGREEMENT.items() if isinstance(sample.task, kind)), None)
+        if agrees is None:
+            raise ConfigConflictError(
+                f"Nothing says when two answers to a {type(sample.task).__name__} agree; known are those to "
+                f"{', '.join(kind.__name__ for kind in _AGREEMENT)}. Take --choose best, or --answers 1."
+            )
         return _first_highest(
             [
                 # Those that could not be read agree with nothing, not even with each other.
@@ -107,11 +114,11 @@ def _same_boxes(one: Answer, other: Answer) -> float:
     return 1.0 if most == 0 else float(matched_iou_sum(one.boxes, other.boxes)) / most
 
 
-_AGREEMENT: dict[str, Callable[[Answer, Answer], float]] = {
-    "classification": _same_label,
-    "presence": _same_label,
-    "grounding": _same_box,
-    "detection": _same_boxes,
+_AGREEMENT: dict[type, Callable[[Answer, Answer], float]] = {
+    ClassificationTask: _same_label,
+    PresenceTask: _same_label,
+    GroundingTask: _same_box,
+    DetectionTask: _same_boxes,
 }
 
 __all__ = ["CHOICES", "Voting"]

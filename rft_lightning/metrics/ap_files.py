@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from torch import Tensor
 
 from rft_lightning.errors import AnnotationError, DatasetNotFoundError
 from rft_lightning.metrics.ap_updates import EVERYTHING
+
+# Class ids stand in tables of float64, which from here on does not hold every whole number.
+END_OF_CLASS_IDS = 2**53
 
 
 @dataclass
@@ -47,8 +50,8 @@ class FileRows:
     categories: dict[int, Mapping[str, Any]]
 
     def questions(self, n_marks: Sequence[int] | None = None) -> np.ndarray:
-        """[Q, 5] rows of the state `questions`; string ids by their place, which keeps their order."""
-        integers = all(isinstance(image, int) for image in self.images)
+        """[Q, 5] rows of the state `questions`; ids that are no int64 by their place, which keeps their order."""
+        integers = all(isinstance(image, int) and -(2**63) < image < 2**63 for image in self.images)
         keys = self.images if integers else range(len(self.images))
         marks = n_marks if n_marks is not None else [0] * len(self.images)
         rows = [(key, EVERYTHING, *sizes) for key, *sizes in zip(keys, self.n_det, self.n_gt, marks, strict=True)]
@@ -114,6 +117,7 @@ def _file_rows(
             f"The results name {len(unknown)} images that the ground truth does not have, for example "
             f"{min(unknown, key=str)!r}; evaluate them against the split they were made for."
         )
+    check_category_ids(truth.get("categories", ()), "the ground truth")
     notes = [note for note in truth.get("annotations", ()) if note["image_id"] in place]
     if classes is None and "categories" in truth:
         classes = sorted({category["id"] for category in truth["categories"]})
@@ -137,6 +141,25 @@ def _file_rows(
         infos=[infos[image] for image in images],
         categories={category["id"]: category for category in truth.get("categories", ())},
     )
+
+
+def check_category_ids(categories: Iterable[Mapping[str, Any]], where: str) -> None:
+    """See that the ids of categories are whole numbers which class ids of a metric can be.
+
+    Args:
+        categories: entries with ``id``.
+        where: what lists them, for the message.
+
+    Raises:
+        AnnotationError: one is not.
+    """
+    for category in categories:
+        number = category["id"]
+        if not isinstance(number, int | float) or number != number // 1 or abs(number) >= END_OF_CLASS_IDS:
+            raise AnnotationError(
+                f"Category {category.get('name', '')!r} of {where} has the id {number!r}; expected a whole number "
+                "below 2**53. Number the categories, here and in the results."
+            )
 
 
 def _best_of_images(results: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:

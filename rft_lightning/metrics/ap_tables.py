@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rft_lightning.metrics.ap_files import FileRows
+from rft_lightning.errors import AnnotationError
+from rft_lightning.metrics.ap_files import END_OF_CLASS_IDS, FileRows
 from rft_lightning.metrics.ap_updates import EVERYTHING, Pending, read_batches
 from rft_lightning.metrics.base import FlatMetric, first_of_each
 
@@ -83,7 +84,7 @@ class AveragePrecision(FlatMetric):
         **kwargs: see :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: unknown `on_conflict`.
+        ValueError: unknown `on_conflict`, or a class id from 2**53 up.
     """
 
     higher_is_better = True
@@ -103,6 +104,7 @@ class AveragePrecision(FlatMetric):
         if on_conflict not in ("error", "first"):
             raise ValueError(f"Expected on_conflict to be error or first, found {on_conflict!r}.")
         self.class_ids = None if classes is None else sorted({int(number) for number in classes})
+        _check_ends(self.class_ids or [])
         self.on_conflict = on_conflict
         self._image_names: dict[int, str] = {}  # never reset: forward() resets and then puts the old rows back
         self._add_rows_state("questions", 5, torch.int64)
@@ -187,6 +189,7 @@ class AveragePrecision(FlatMetric):
         det_class, gt_class = det[:, 0].long(), gt[:, 0].long()
         if self.class_ids is None:
             classes = _distinct(torch.cat([det_class, gt_class]))
+            _check_ends(classes[[0, -1]].tolist() if len(classes) else [])
         else:
             classes = torch.tensor(self.class_ids, dtype=torch.int64, device=det.device)
         tables = Tables(
@@ -259,6 +262,16 @@ def check_lengths(preds: Sequence[Any], targets: Sequence[Any]) -> None:
     """Raises ValueError where there is not one target for each prediction."""
     if len(preds) != len(targets):
         raise ValueError(f"Expected one target per prediction, found {len(targets)} for {len(preds)}.")
+
+
+def _check_ends(classes: Sequence[int]) -> None:
+    """Raise where class ids may not be what was given: as float64 two large ones are the same."""
+    wrong = [number for number in classes if abs(number) >= END_OF_CLASS_IDS]
+    if wrong:
+        raise AnnotationError(
+            f"Expected class ids (category_id) below 2**53, found {wrong[-1]}. Number the classes anew, in the "
+            "annotations and in the results."
+        )
 
 
 def _ascend(first: Tensor, second: Tensor) -> bool:

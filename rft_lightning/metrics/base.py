@@ -35,7 +35,12 @@ def stable_id(value: SampleId) -> int:
     """An id as int64, the same in every process and on every machine: integers as they are, strings hashed."""
     if not isinstance(value, str):
         return int(value)
-    return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(_bytes(value), digest_size=8).digest(), "big") >> 1
+
+
+def _bytes(text: str) -> bytes:
+    # Names of files that are not in UTF-8 come with surrogates, which UTF-8 refuses.
+    return text.encode("utf-8", "surrogatepass")
 
 
 def first_of_each(keys: Tensor) -> Tensor:
@@ -136,7 +141,7 @@ class FlatMetric(Metric):
         self._add_rows_state("letters", dtype=torch.uint8)
 
     def _add_names(self, pairs: Iterable[tuple[int, str]]) -> None:
-        encoded = [(key, name.encode()) for key, name in pairs]
+        encoded = [(key, _bytes(name)) for key, name in pairs]
         self._add_rows("named", [[key, len(name)] for key, name in encoded])
         self._add_rows("letters", list(b"".join(name for _, name in encoded)))
 
@@ -145,7 +150,7 @@ class FlatMetric(Metric):
         names: dict[int, str] = {}
         start, letters = 0, bytes(self._rows("letters").tolist())
         for key, length in self._rows("named").tolist():
-            names.setdefault(key, letters[start : start + length].decode())
+            names.setdefault(key, letters[start : start + length].decode("utf-8", "surrogatepass"))
             start += length
         return dict(sorted(names.items(), key=lambda pair: pair[1]))
 
@@ -180,27 +185,38 @@ class SampleMetric(FlatMetric):
 class ParseRate(SampleMetric):
     """Share of answers that could be read (``Answer.parsed``).
 
-    ``compute`` returns ``parse_rate`` in [0, 1] (-1 without samples) and ``n_samples``.
+    ``compute`` returns ``parse_rate`` in [0, 1] (-1 without samples), ``n_samples`` and ``n_unasked``.
     """
 
     higher_is_better = True
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(1, **kwargs)
+        super().__init__(2, **kwargs)  # parsed, unasked
 
-    def update(self, answers: Sequence[Any], ids: Sequence[SampleId | None] | None = None) -> None:
+    def update(
+        self,
+        answers: Sequence[Any],
+        ids: Sequence[SampleId | None] | None = None,
+        *,
+        unasked: Sequence[bool] | None = None,
+    ) -> None:
         """Add answers.
 
         Args:
             answers: Answers, or anything else with ``parsed``.
             ids: the samples they belong to; a sample counts once. None: all are different samples.
+            unasked: of each, whether its question was not asked: then it is counted, but no answer. None: of none.
         """
-        self._add_samples(ids, [[float(answer.parsed)] for answer in answers])
+        unasked = [False] * len(answers) if unasked is None else unasked
+        rows = [[float(answer.parsed), float(left)] for answer, left in zip(answers, unasked, strict=True)]
+        self._add_samples(ids, rows)
 
     def compute(self) -> dict[str, Tensor]:
-        """The share and the number of samples, float64 scalars."""
-        parsed = self._samples()[:, 0]
-        return {"parse_rate": mean_or_absent(parsed), "n_samples": parsed.new_tensor(float(len(parsed)))}
+        """The share, the number of samples and the number of those that were not asked; float64 scalars."""
+        parsed, unasked = self._samples().unbind(1)
+        asked = parsed[unasked == 0]
+        counts = {"n_samples": float(len(asked)), "n_unasked": float(len(parsed) - len(asked))}
+        return {"parse_rate": mean_or_absent(asked), **{key: parsed.new_tensor(n) for key, n in counts.items()}}
 
 
 class ClassNames(FlatMetric):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rft_lightning.answers import parse_answer
 from rft_lightning.metrics.base import SampleId, SampleMetric, mean_or_absent, stable_id
 from rft_lightning.metrics.grounding import named_pairs
 from rft_lightning.rewards import accuracy_reward, published
@@ -45,7 +46,8 @@ class ClassificationAccuracy(SampleMetric):
         """Add samples.
 
         Args:
-            answers: the answers as read; one without `text` (made from a label) is taken for a block with its label.
+            answers: the answers as read; one whose label is not what its `text` says (made from a label, by another
+                system) is taken for a block with its label, and its text not read.
             targets: the right classes.
             ids: the samples' ids; a sample counts once. None: all are different.
 
@@ -100,9 +102,15 @@ def _lenient(answer: Answer, target: ClassTarget) -> float:
 
 def _published_label(answer: Answer) -> str | None:
     """The content of the first answer block within one line; None without one, where the published code fails."""
-    if not answer.text:
-        return answer.label if answer.answer_blocks else None
-    return published.one_line_answer(answer.text)
+    if _read_from_text(answer):
+        return published.one_line_answer(answer.text)
+    return answer.label if answer.answer_blocks else None
+
+
+def _read_from_text(answer: Answer) -> bool:
+    """Whether `text` is the completion that was read, and no mere record of what another system wrote."""
+    read = parse_answer(answer.text)
+    return (read.label, read.answer_blocks) == (answer.label, answer.answer_blocks)
 
 
 def _plain(text: str) -> str:

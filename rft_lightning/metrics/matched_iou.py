@@ -23,6 +23,8 @@ def matched_iou_sum(boxes: Tensor, truth: Tensor) -> Tensor:
     Returns:
         scalar in [0, min(N, M)]; equal IoUs are taken in the order of the boxes, then of the truth.
     """
+    if not len(boxes) or not len(truth):
+        return boxes.new_zeros((), dtype=torch.float64)
     iou = box_iou(boxes, truth)
     total = iou.new_zeros(())
     for _ in range(min(iou.shape)):
@@ -63,13 +65,17 @@ class MatchedIoU(SampleMetric):
         Raises:
             ValueError: boxes of another shape, or a sample whose boxes are on two devices.
         """
-        rows = []
+        totals, others = [], []
         for name, answer, target in named_pairs(answers, targets, ids):
             boxes, truth = box_pair(name, answer, target)
-            total = matched_iou_sum(boxes, truth)
-            numbers = [total, torch.full_like(total, len(truth)), torch.full_like(total, _parsed(answer))]
-            rows.append(torch.stack(numbers).to(self.device))
-        self._add_samples(ids, rows)
+            totals.append(matched_iou_sum(boxes, truth))
+            others.append([len(truth), _parsed(answer)])
+        if totals:
+            # Put together before they are moved. Samples without any box are on the CPU, wherever the others are.
+            home = next((total.device for total in totals if total.device.type != "cpu"), totals[0].device)
+            columns = torch.stack([total.to(home) for total in totals]), torch.tensor(others, dtype=torch.float64)
+            self._add_rows("ids", self._keys(ids, len(totals)))
+            self._add_rows("values", torch.column_stack([column.to(self.device) for column in columns]))
 
     def compute(self) -> dict[str, Tensor]:
         """The means over all boxes and over those of parsed answers, and the number of boxes; float64 scalars."""

@@ -74,20 +74,24 @@ class PresenceScores(SampleMetric):
         kept = self._kept()
         called, present = self._rows("values")[kept].unbind(1)
         labels, names = self._rows("labels")[kept], self._names()
-        hits = called * present
-        per_class = [_f1(*(column[labels == key] for column in (hits, called, present))) for key in names]
+        answers = torch.stack([called * present, called, present], dim=1)
+        # Where the class of each sample stands among the names.
+        ordered, places = torch.tensor(list(names), dtype=torch.int64, device=labels.device).sort()
+        classes = places[torch.searchsorted(ordered, labels)]
+        per_class = answers.new_zeros(len(names), 3).index_add(0, classes, answers)
+        hits, called_all, present_all = answers.sum(0)
         return {
             "presence_accuracy": mean_or_absent(called == present),
-            "presence_precision": _ratio(hits.sum(), called.sum()),
-            "presence_recall": _ratio(hits.sum(), present.sum()),
-            "presence_f1": _f1(hits, called, present),
-            "f1_per_class": torch.stack(per_class) if per_class else called.new_zeros(0),
+            "presence_precision": _ratio(hits, called_all),
+            "presence_recall": _ratio(hits, present_all),
+            "presence_f1": _f1(hits, called_all, present_all),
+            "f1_per_class": _f1(*per_class.unbind(1)),
             "classes": list(names.values()),
         }
 
 
 def _f1(hits: Tensor, called: Tensor, present: Tensor) -> Tensor:
-    return _ratio(2 * hits.sum(), called.sum() + present.sum())
+    return _ratio(2 * hits, called + present)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

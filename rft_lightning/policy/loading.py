@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -106,7 +107,7 @@ def load_policy(
         skeleton: leave the weights unread, on the meta device; somebody else will fill them.
 
     Raises:
-        CheckpointError: see :func:`load_config`; or the checkpoint's own weights are quantised.
+        CheckpointError: see :func:`load_config` and :func:`whole_model`; or the checkpoint's own weights are quantised.
         ConfigConflictError: unknown dtype or part, nothing is left to train, or see :func:`add_adapters` and
             :func:`~rft_lightning.policy.quantization.check_quantization`.
     """
@@ -128,7 +129,7 @@ def load_policy(
     if skeleton:
         model = _skeleton(resolve_checkpoint(checkpoint), config, settings)
     else:
-        model = AutoModelForImageTextToText.from_pretrained(resolve_checkpoint(checkpoint), **settings)
+        model = whole_model(AutoModelForImageTextToText, checkpoint, **settings)
     if quantize is None:
         model.requires_grad_(True)
     else:
@@ -141,6 +142,43 @@ def load_policy(
         enable_checkpointing(model)
     # Hugging Face loads in eval mode and Lightning keeps it.
     return model.train()
+
+
+def whole_model(model_class: Any, checkpoint: str, **settings: Any) -> Any:
+    """A model of transformers with the weights of a checkpoint, none of which may be missing; others are left out.
+
+    Args:
+        model_class: the class, one of transformers' Auto classes for example.
+        checkpoint: hub id, folder, or ``asset:NAME``.
+        **settings: of ``from_pretrained``.
+
+    Raises:
+        CheckpointError: weights cannot be read, are missing, or have other shapes than the checkpoint's configuration
+            says.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model, found = model_class.from_pretrained(
+            resolve_checkpoint(checkpoint), output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"The weights of {checkpoint!r} cannot be read ({str(error).splitlines()[0]}). Expected complete files of "
+            "weights; download or copy them again."
+        ) from error
+    # Whole numbers (places in windows, counts) are no weights: a model computes them where they are missing.
+    computed = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
+    missing = sorted(set(found["missing_keys"]) - computed)
+    reshaped = [f"{name} {tuple(there)} for {tuple(due)}" for name, there, due in sorted(found["mismatched_keys"])]
+    for verb, names in (("lacks", missing), ("holds, in another shape,", reshaped)):
+        if names:
+            raise CheckpointError(
+                f"{checkpoint!r} {verb} {len(names)} of the weights of a {type(model).__name__}, which would be "
+                f"random: {', '.join(names[:3])}{', ...' if names[3:] else ''}. Download or copy it again; if its "
+                "files are complete, they are of another class of models than its config.json says."
+            )
+    return model
 
 
 def check_freeze(freeze: Sequence[str], config: Any) -> None:

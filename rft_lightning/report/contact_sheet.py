@@ -6,6 +6,7 @@ text, read by the task: what an error in the frame or in the processor's setting
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from rft_lightning.sample import ClassTarget, GroundingTarget, PresenceTarget, S
 TRUTH, SOLUTION = "#2ca02c", "#ff7f0e"
 _SIDE, _MARGIN, _LETTERS, _LINE = 480, 12, 14, 18  # pixels: of a picture, around it, of the text and its lines
 _LONGEST = 900  # letters of a question or solution; what is longer is cut in the drawing
+# All that ends a line by Unicode: the text layout refuses most of it within one.
+_BREAKS = re.compile(r"\r\n|[\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def contact_sheet(rows: Sequence[tuple[str, Sequence[Sample]]], encoder: PromptE
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """The lines of a text, at most `width` pixels wide; a longer word is cut."""
     lines = []
-    for paragraph in text.split("\n"):
+    for paragraph in _BREAKS.split(text):
         line = ""
         for word in paragraph.split(" "):
             longer = f"{line} {word}" if line else word

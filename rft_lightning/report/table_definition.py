@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from rft_lightning.errors import ConfigConflictError
 
@@ -21,6 +21,43 @@ TRAININGS = {ZERO_SHOT: (), SFT: (SFT,), RFT: (RFT,), SFT_RFT: (SFT, RFT)}
 PRESENCE_SOURCES = ("base", "tuned")
 # What two printed numbers that were each rounded to one decimal can differ by.
 ROUNDING = 0.1 + 1e-6
+
+
+class Stage(NamedTuple):
+    """A training before the last one, in the facts that evaluations state; None stands for not known.
+
+    Attributes:
+        method: what trained.
+        steps: of the optimiser.
+        tuning: full, lora or qlora.
+        thought: whether supervised answers had one.
+        prompts_per_step: of all processes together.
+    """
+
+    method: str | None
+    steps: int | None = None
+    tuning: str | None = None
+    thought: bool | None = None
+    prompts_per_step: int | None = None
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Stage:
+        """The stage that an entry of ``before`` describes."""
+        return cls(*(facts.get(name) for name in cls._fields))
+
+    def fits(self, planned: Stage) -> bool:
+        """Whether it is trained as planned, as far as is known."""
+        return all(value in (None, other) for value, other in zip(self, planned, strict=True))
+
+    def __str__(self) -> str:
+        facts = [
+            None if self.steps is None else f"{self.steps} steps",
+            self.tuning,
+            None if self.thought is None else "with thought" if self.thought else "no thought",
+            None if self.prompts_per_step is None else f"{self.prompts_per_step} prompts per step",
+        ]
+        known = ", ".join(fact for fact in facts if fact is not None)
+        return f"{self.method} ({known})" if known else str(self.method)
 
 
 @dataclass(frozen=True)
@@ -222,12 +259,22 @@ class TableDefinition:
     name: str = ""
 
     def usual(self, row: TableRow) -> dict[str, Any]:
-        """Settings of the published runs of a row; those of the training are None where nothing is trained."""
+        """Settings of the published runs of a row; those of the training are None where nothing is trained.
+
+        ``before`` has the trainings before the last one as they are planned: where the definition says nothing else,
+        all weights, and answers with a thought.
+        """
         group_size = None
         if row.model is not None and row.trainings[-1:] == (RFT,):
             group_size = self.models[row.model].rft["model.group_size"]
-        training = {"group_size": group_size, "prompts_per_step": self.prompts_per_step if row.trainings else None}
-        return {**training, **self.settings, **self.settings_of.get(row.method, {})}
+        stage = {"steps": self.steps, "tuning": "full", "thought": True, "prompts_per_step": self.prompts_per_step}
+        training = {
+            "group_size": group_size,
+            "prompts_per_step": self.prompts_per_step if row.trainings else None,
+            "before": [{"method": name, **stage} for name in row.trainings[:-1]],
+        }
+        usual = {**training, **self.settings, **self.settings_of.get(row.method, {})}
+        return {**usual, "before": tuple(map(Stage.of, usual["before"]))}
 
     def published(self, row: TableRow) -> dict[str, float | None]:
         """Column -> published number of a row."""
@@ -288,6 +335,7 @@ __all__ = [
     "Column",
     "Evaluation",
     "Recipe",
+    "Stage",
     "System",
     "TableDefinition",
     "TableModel",

@@ -21,6 +21,7 @@ from rft_lightning.report.table_definition import (
     Column,
     Evaluation,
     Recipe,
+    Stage,
     System,
     TableDefinition,
     TableModel,
@@ -153,6 +154,12 @@ def _check(table: TableDefinition, where: str) -> None:
             raise ConfigConflictError(f"{where}: models.{name}.rft needs model.group_size, found {model.rft}.")
     if unknown := set(table.training) - {SFT, RFT}:
         raise ConfigConflictError(f"{where}: training has {sorted(unknown)}; expected {SFT} and {RFT}.")
+    for settings in (table.settings, *table.settings_of.values()):
+        if not _fits(settings.get("before", []), list[dict[str, Any]]):
+            raise ConfigConflictError(
+                f"{where}: expected before of the settings to be a list of trainings, each with "
+                f"{', '.join(Stage._fields)}; found {settings['before']!r}."
+            )
     for name, recipe in table.recipes.items():
         _check_recipe(recipe, table, f"{where}: recipes.{name}")
     for name, column in table.columns.items():

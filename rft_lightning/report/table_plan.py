@@ -108,6 +108,15 @@ class Choice:
                 has = ", ".join(map(str, words)) or "none"
                 raise ConfigConflictError(f"--{name}: the table has no {', '.join(map(str, unknown))}; it has {has}.")
 
+    def nothing(self, table: TableDefinition) -> str:
+        """That a table has no such run, and the rows it has of the models that are named."""
+        named = {name: words for name, words in vars(self).items() if words is not None}
+        chosen = " ".join(f"--{name} {' '.join(map(str, words))}" for name, words in named.items())
+        if rows := self.rows(table):
+            return f"{chosen}: the rows {'; '.join(map(str, rows))} have no such evaluation. Leave --evaluations out."
+        rows = Choice(models=self.models).rows(table)
+        return f"{chosen}: the table has no such row. Name one of those that it has: {'; '.join(map(str, rows))}."
+
     def rows(self, table: TableDefinition) -> list[TableRow]:
         """The rows that are planned."""
         return [
@@ -133,7 +142,8 @@ class Plan:
         steps: by the folder that each fills.
 
     Raises:
-        ConfigConflictError: the table has not what is named, or one ``--data.root`` is given for several.
+        ConfigConflictError: the table has not what is named, or nothing of all that together; or one ``--data.root``
+            is given for several.
     """
 
     table: TableDefinition
@@ -149,6 +159,8 @@ class Plan:
         for row in self.choice.rows(self.table):
             for name, recipe in self.table.recipes.items():
                 self._add_row(row, name, recipe)
+        if not self.steps:
+            raise ConfigConflictError(self.choice.nothing(self.table))
         self._settle()
 
     def left(self) -> Cost:
@@ -238,7 +250,8 @@ class _Run:
             of_base = evaluation.presence_map == "base"
             presence = self._folder(untrained=of_base) / "evaluation" / "presence"
             yield str(presence), self._evaluate(self.recipe.presence, [], presence, untrained=of_base)
-            presence_map = ["--data.presence_map", str(presence / "presence_map.json")]
+            # Not presence_map.json: that says nothing of what was asked, if no answer was yes.
+            presence_map = ["--data.presence_map", str(presence / "predictions.jsonl")]
             needs += (str(presence),)
         folder = self._folder() / "evaluation" / name
         step = self._evaluate(evaluation, presence_map, folder)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from statistics import mean, stdev
 from typing import Any
 
-from rft_lightning.report.table_definition import TableDefinition, TableRow
-from rft_lightning.report.table_runs import SETTINGS, Line, Matched
+from rft_lightning.report.table_definition import Stage, TableDefinition, TableRow
+from rft_lightning.report.table_runs import SETTINGS, Line, Matched, worded
 
 DASH = "-"
 _ASKED = ("query_mode", "presence_map")
@@ -96,7 +96,8 @@ def markdown(table: TableDefinition, matched: Matched) -> str:
     lines += ["", *(f"[{number}] {text}.\n" for text, number in notes.items())]
     lines += [f"{' '.join(note.split())}\n" for note in table.notes]
     if matched.left:
-        lines += ["Evaluations that belong to no row:", "", *(f"- {folder}: {why}" for folder, why in matched.left)]
+        title = "Evaluations that belong to no row, are there twice or cannot be read:"
+        lines += [title, "", *(f"- {folder}: {why}" for folder, why in matched.left)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -149,13 +150,21 @@ def _asked(line: Line) -> str:
 
 
 def _differs(table: TableDefinition, row: TableRow, line: Line) -> str:
-    """Settings other than the published ones; which categories are asked for is said apart."""
+    """Settings other than the published or planned ones; which categories are asked for is said apart."""
     usual = {**SETTINGS, **table.usual(row)}
-    return "; ".join(
-        f"{name} {value}" + (f", not {usual[name]}" if usual[name] is not None else "")
+    words = [
+        f"{name} {worded(value)}" + (f", not {worded(usual[name])}" if usual[name] not in (None, ()) else "")
         for name, value in _facts(line).items()
-        if name not in _ASKED and value is not None and value != usual[name]
-    )
+        if name not in _ASKED and not _is_usual(value, usual[name])
+    ]
+    return "; ".join([*words, *([line.training] if line.training else [])])
+
+
+def _is_usual(value: Any, usual: Any) -> bool:
+    """Whether a setting is as expected; what is not known is not compared."""
+    if isinstance(value, tuple):
+        return len(value) == len(usual) and all(map(Stage.fits, value, usual))
+    return value in (None, usual)
 
 
 def _measured(cells: list[Cell]) -> list[str]:

@@ -9,20 +9,31 @@ belongs to
 2. the row of its ``method``, its model and its ``shots``. A model is known by its ``policy``, or by the last part of
    that (a local copy). Shots count where something is trained and the row has shots.
 
-What else differs (how categories are asked for, steps, tuning, rewards, votes over several answers, fewer questions
-than the data has) makes lines of their own: :data:`SETTINGS`. What belongs nowhere is named with the reason.
+What else differs (how categories are asked for, steps, tuning, rewards, what was trained before, votes over several
+answers, how metrics scored, fewer questions than the data has) makes lines of their own: :data:`SETTINGS`. So does the
+hash of all further settings of a training (``training``), where a row has runs of one recipe with several. What belongs
+nowhere or cannot be read is named with the reason.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rft_lightning.errors import AnnotationError, ConfigConflictError, DatasetNotFoundError
-from rft_lightning.report.table_definition import Column, Recipe, TableDefinition, TableRow, class_names, named_classes
+from rft_lightning.report.table_definition import (
+    Column,
+    Recipe,
+    Stage,
+    TableDefinition,
+    TableRow,
+    class_names,
+    named_classes,
+)
 
 # Facts that make lines of their own, with what counts as usual where a definition says nothing of them.
 SETTINGS: dict[str, Any] = {
@@ -35,12 +46,18 @@ SETTINGS: dict[str, Any] = {
     "rules": "strict",
     "group_size": None,
     "prompts_per_step": None,
+    "before": (),
     "answers": 1,
     "choose": None,
     "temperature": 0.0,
+    "ap_protocol": "coco",
+    "score_from": "confidence",
+    "mask_protocol": "lisa",
+    "acc_50": "at least",
     "limit": None,
     "questions": None,
 }
+_SCORING = ("ap_protocol", "score_from", "mask_protocol", "acc_50")
 _NEEDED = ("method", "policy", "data", "task", "split")
 # What makes presence maps: its numbers by class are no AP.
 _STAGE_ONE = "presence"
@@ -52,7 +69,7 @@ class FoundRun:
 
     Attributes:
         folder: where it lies.
-        experiment: its facts.
+        experiment: its facts; those of ``before`` as stages.
         metrics: its numbers, fractions.
         per_class: numbers per class.
         samples: how many questions it has.
@@ -74,6 +91,16 @@ class FoundRun:
             facts |= {"answers": 1, "choose": None}
         return tuple(facts.values())
 
+    @property
+    def training(self) -> str | None:
+        """Hash of the further settings of its last training; None where none is stated."""
+        return self.experiment.get("training")
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """All that was measured."""
+        return self.metrics, self.per_class, self.samples, self.failures
+
     def value(self, column: Column) -> float | None:
         """Its number of a column in percent; None where it has none (-1 stands for absent)."""
         if column.metric is not None:
@@ -81,7 +108,8 @@ class FoundRun:
         else:
             names = [column.ap_of] if column.ap_of is not None else class_names(column.mean_ap_of or [])
             numbers = [self.per_class.get(str(name), -1.0) for name in names]
-        present = [number for number in numbers if number >= 0]
+        # A mean GIoU may be negative, though no other number is.
+        present = [number for number in numbers if number != -1 and math.isfinite(number)]
         return 100 * sum(present) / len(present) if present else None
 
 
@@ -91,10 +119,12 @@ class Line:
 
     Attributes:
         settings: values of :data:`SETTINGS`.
+        training: in words what tells its trainings from those of other lines with the same settings; else empty.
         runs: (recipe, split) -> seed -> evaluation.
     """
 
     settings: tuple[Any, ...]
+    training: str = ""
     runs: dict[tuple[str, str], dict[int | None, FoundRun]] = field(default_factory=dict)
 
     @property
@@ -123,19 +153,19 @@ class Matched:
 
     Attributes:
         lines: number of the row -> its lines.
-        left: what belongs to no row, with the reason.
+        left: what belongs to no row, is there already, or cannot be read, with the reason.
     """
 
     lines: dict[int, list[Line]]
     left: list[tuple[Path, str]]
 
 
-def find_runs(folders: Iterable[str | Path]) -> list[FoundRun]:
-    """The evaluations in and below some folders, each once, by name.
+def find_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[tuple[Path, str]]]:
+    """The evaluations in and below some folders, each once, by name; and what is none, with the reason.
 
     Raises:
         DatasetNotFoundError: a folder does not exist, or holds none.
-        AnnotationError: a ``metrics.json`` is not of its form.
+        AnnotationError: no ``metrics.json`` is of its form.
     """
     files: dict[Path, Path] = {}
     for folder in map(Path, folders):
@@ -144,7 +174,16 @@ def find_runs(folders: Iterable[str | Path]) -> list[FoundRun]:
             state = "holds no metrics.json" if folder.is_dir() else "is no folder"
             raise DatasetNotFoundError(f"{folder} {state}. Name a folder that `rft evaluate` wrote, or one above it.")
         files.update((file.resolve(), file) for file in found)
-    return [read_run(file) for file in files.values()]
+    runs: list[FoundRun] = []
+    unread: list[tuple[Path, str]] = []
+    for file in files.values():
+        try:
+            runs.append(read_run(file))
+        except AnnotationError as error:
+            unread.append((file.parent, str(error)))
+    if not runs:
+        raise AnnotationError(f"None of the {len(unread)} metrics.json that were found can be read. {unread[0][1]}")
+    return runs, unread
 
 
 def read_run(file: Path) -> FoundRun:
@@ -161,7 +200,12 @@ def read_run(file: Path) -> FoundRun:
         metrics, per_class = (
             {str(name): float(value) for name, value in block[part].items()} for part in ("metrics", "per_class")
         )
-        return FoundRun(file.parent, dict(experiment), metrics, per_class, int(block["samples"]), int(failures))
+        facts = dict(experiment)
+        if "before" in facts:
+            facts["before"] = tuple(map(Stage.of, facts["before"]))
+        found = FoundRun(file.parent, facts, metrics, per_class, int(block["samples"]), int(failures))
+        hash((found.settings, found.training, facts.get("seed")))  # they tell runs apart: plain values alone
+        return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AnnotationError(
             f"{file}: expected what `rft evaluate` writes, with experiment, samples, metrics, per_class and "
@@ -169,40 +213,83 @@ def read_run(file: Path) -> FoundRun:
         ) from error
 
 
-def match_runs(table: TableDefinition, runs: Sequence[FoundRun]) -> Matched:
+def match_runs(table: TableDefinition, runs: Sequence[FoundRun], unread: Sequence[tuple[Path, str]] = ()) -> Matched:
     """Sort evaluations into the rows of a table.
 
+    Args:
+        table: the table.
+        runs: evaluations.
+        unread: what could not be read, with the reason.
+
     Raises:
-        ConfigConflictError: two of them are the same run.
+        ConfigConflictError: two of them are the same run, with different numbers.
     """
-    found: dict[tuple[int, tuple[Any, ...]], Line] = {}
+    found: dict[tuple[int, tuple[Any, ...]], list[tuple[tuple[str, str], FoundRun]]] = {}
     left: list[tuple[Path, str]] = []
     for run in runs:
         part, row = _part_of(table, run), _row_of(table, run)
         if isinstance(part, str) or isinstance(row, str):
             left.append((run.folder, part if isinstance(part, str) else str(row)))
             continue
-        run = _counted(table.recipes[part[0]], run)
-        line = found.setdefault((row, run.settings), Line(run.settings))
-        seed = run.experiment.get("seed") if table.rows[row].trainings else None
-        same = line.runs.setdefault(part, {}).setdefault(seed, run)
-        if same is not run:
-            of_seed = "" if seed is None else f" with seed {seed}"
-            raise ConfigConflictError(
-                f"{same.folder} and {run.folder} are the same run: {table.rows[row]}{of_seed}, {describe(run)}. Name "
-                "one of them."
-            )
+        run = _counted(table.recipes[part[0]], _completed(table, table.rows[row], run))
+        found.setdefault((row, run.settings), []).append((part, run))
     lines: dict[int, list[Line]] = {}
-    for (row, _), line in sorted(found.items(), key=lambda entry: (entry[0][0], str(entry[0][1]))):
-        lines.setdefault(row, []).append(line)
-    return Matched(lines, left)
+    for (row, _), parts in sorted(found.items(), key=lambda entry: (entry[0][0], str(entry[0][1]))):
+        lines.setdefault(row, []).extend(_lines(table.rows[row], parts, left))
+    return Matched(lines, [*left, *unread])
+
+
+def worded(value: Any) -> str:
+    """A setting as a reader sees it."""
+    return " then ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def describe(run: FoundRun) -> str:
     """What an evaluation asked, in short."""
     words = [str(run.experiment["data"]), f"split {run.experiment['split']}"]
-    words += [f"{name} {value}" for name, value in zip(SETTINGS, run.settings, strict=True) if value is not None]
+    facts = {**dict(zip(SETTINGS, run.settings, strict=True)), "training": run.training}
+    words += [f"{name} {worded(value)}" for name, value in facts.items() if value not in (None, ())]
     return ", ".join(words)
+
+
+def _lines(
+    row: TableRow, parts: Sequence[tuple[tuple[str, str], FoundRun]], left: list[tuple[Path, str]]
+) -> list[Line]:
+    """Lines of evaluations with the same settings: of recipes that were trained in several ways one for each way.
+
+    Recipes differ in their data, so that hashes of different ones say nothing about each other. Adds copies to `left`.
+    """
+    ways: dict[str, set[str | None]] = {}
+    for (recipe, _), run in parts:
+        ways.setdefault(recipe, set()).add(run.training)
+    lines: dict[str, Line] = {}
+    for part, run in parts:
+        count, training = len(ways[part[0]]), ""
+        if count > 1:
+            training = f"one of {count} trainings that differ in other settings ({run.training or 'not recorded'})"
+        line = lines.setdefault(training, Line(run.settings, training))
+        seed = run.experiment.get("seed") if row.trainings else None
+        same = line.runs.setdefault(part, {}).setdefault(seed, run)
+        if same is run:
+            continue
+        if repr(same.numbers) != repr(run.numbers):  # their text, since NaN is not equal to itself
+            of_seed = "" if seed is None else f" with seed {seed}"
+            raise ConfigConflictError(
+                f"{same.folder} and {run.folder} are the same run, but their numbers differ: {row}{of_seed}, "
+                f"{describe(run)}. Name one of them."
+            )
+        left.append((run.folder, f"the same run as {same.folder}, with the same numbers; it counts once"))
+    return [lines[training] for training in sorted(lines)]
+
+
+def _completed(table: TableDefinition, row: TableRow, run: FoundRun) -> FoundRun:
+    """An evaluation with what is usual where it does not say what came before and how it was scored.
+
+    Earlier versions said neither, and nothing is said of metrics that a recipe does not have.
+    """
+    usual = {**SETTINGS, **table.usual(row)}
+    open_facts = {name: usual[name] for name in _SCORING if run.experiment.get(name) is None}
+    return replace(run, experiment={"before": usual["before"], **run.experiment, **open_facts})
 
 
 def _part_of(table: TableDefinition, run: FoundRun) -> tuple[str, str] | str:
@@ -267,4 +354,4 @@ def _is_model(table: TableDefinition, row: TableRow, policy: Any) -> bool:
     return policy is not None and expected.rstrip("/").rsplit("/", 1)[-1] == str(policy).rstrip("/").rsplit("/", 1)[-1]
 
 
-__all__ = ["SETTINGS", "FoundRun", "Line", "Matched", "describe", "find_runs", "match_runs", "read_run"]
+__all__ = ["SETTINGS", "FoundRun", "Line", "Matched", "describe", "find_runs", "match_runs", "read_run", "worded"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
-
 from rft_lightning.errors import ConfigConflictError
+from rft_lightning.placing import write_whole
 from rft_lightning.report.table_cost import PEAK_FLOPS, UTILISATION
 from rft_lightning.report.table_files import is_table, load_table
 from rft_lightning.report.table_plan import Choice, Plan
@@ -33,7 +33,8 @@ def run_table(words: Sequence[str]) -> None:
     Raises:
         RFTError: an argument, a definition or an evaluation cannot be used.
     """
-    given = table_parser().parse_args(list(words))
+    # Options may stand between the words.
+    given = table_parser().parse_intermixed_args(list(words))
     if given.figure is not None:
         _draw(given)
         return
@@ -55,15 +56,16 @@ def run_table(words: Sequence[str]) -> None:
             f"Name folders of evaluations to report on (rft table {given.words[0]} runs), or give --plan."
         )
     _refuse(given, "a report", {**_PLAN, **_FIGURE})
-    matched = match_runs(table, find_runs(folders))
+    matched = match_runs(table, *find_runs(folders))
     _write(given.output, markdown(table, matched), shown=True)
     _write(given.csv, csv_text(table, matched))
 
 
-def table_parser() -> jsonargparse.ArgumentParser:
+def table_parser() -> argparse.ArgumentParser:
     """The arguments of the command. By hand: lists without brackets, and three forms of one command."""
-    parser = jsonargparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="rft table",
+        allow_abbrev=False,
         usage="rft table N|FILE --plan [options]\n       rft table N|FILE RUNS... [--output FILE] [--csv FILE]\n"
         "       rft table --figure 4|5 BEFORE AFTER [--samples N] [--output FILE]",
         description="The published tables 2 to 8: the runs that fill one as a shell script (--plan), what was measured "
@@ -105,7 +107,7 @@ def _plan(given: Any, table: Any) -> None:
         raise ConfigConflictError(
             f"Expected --peak_flops > 0 and 0 < --utilisation <= 1, found {given.peak_flops} and {given.utilisation}."
         )
-    choice = Choice(**{name: given[name] for name in ("models", "methods", "shots", "evaluations", "seeds")})
+    choice = Choice(**{name: getattr(given, name) for name in ("models", "methods", "shots", "evaluations", "seeds")})
     try:
         more = shlex.split(given.options)
     except ValueError as error:
@@ -142,8 +144,10 @@ def _draw(given: Any) -> None:
         raise ConfigConflictError(
             f"--figure takes two folders of evaluations, before and after; found {' '.join(given.words) or 'none'}."
         )
-    picture = answer_figure(given.figure, *given.words, samples=given.samples)
     file = Path(given.output or f"figure{given.figure}.png")
+    if file.suffix.lower() != ".png":
+        raise ConfigConflictError(f"--output: a figure is written as PNG, found {file}. Name a file that ends in .png.")
+    picture = answer_figure(given.figure, *given.words, samples=given.samples)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         picture.save(file, format="PNG")
@@ -154,7 +158,7 @@ def _draw(given: Any) -> None:
 
 def _refuse(given: Any, form: str, others: dict[str, Any]) -> None:
     """Options that change nothing are a mistake."""
-    if wrong := [f"--{name}" for name, default in others.items() if given[name] != default]:
+    if wrong := [f"--{name}" for name, default in others.items() if getattr(given, name) != default]:
         raise ConfigConflictError(f"{', '.join(wrong)} changes nothing of {form}; leave it out.")
 
 
@@ -164,9 +168,8 @@ def _write(file: str | None, text: str, *, shown: bool = False) -> None:
     if file is None:
         return
     try:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text(text, encoding="utf-8")
-    except OSError as error:
+        write_whole(Path(file), text)
+    except (OSError, ValueError) as error:  # ValueError: "." and "/" have no name
         raise ConfigConflictError(f"{file} cannot be written ({error}). Name another file.") from error
 
 
