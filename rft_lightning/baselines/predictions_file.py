@@ -80,7 +80,7 @@ class PredictionsFile(BaselineModule):
         """
         if self._answers is None:
             self._answers = read_answers(self.path)
-            self._has_masks = any(answer.mask is not None for _, answer in self._answers.values())
+            self._has_masks = any(answer.has_mask for _, answer in self._answers.values())
 
     def answers(self, batch: SampleBatch) -> list[Answer]:
         """See the base class.
@@ -110,7 +110,7 @@ class PredictionsFile(BaselineModule):
             number, answer = found[0], replace(found[1])
             if task_of(sample) == PresenceTask.name:
                 answer.label = self._decision(number, answer, sample)
-        if answer.mask is None and self._has_masks:
+        if not answer.has_mask and self._has_masks:
             answer.mask = np.zeros((height, width), dtype=bool)
         if answer.mask is not None and answer.mask.shape != (height, width):
             raise AnnotationError(
