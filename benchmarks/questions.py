@@ -16,7 +16,6 @@ and `together` are compared.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from random_policy import DEVICE, build, load, machine, seconds, sizes
+from random_policy import DEVICE, build, load, report, seconds, sizes
 from torch import Tensor
 
 from rft_lightning.policy.families import end_token_ids, vision_token_ids
@@ -154,12 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     settings = parse(arguments)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    shown = {name: value for name, value in vars(settings).items() if name != "output"}
-    results = {"machine": machine(), "settings": shown, "policy": sizes(settings.policy), **run(settings)}
-    print(table(results))
-    if settings.output is not None:
-        settings.output.write_text(json.dumps(results, indent=2) + "\n")
-    return results
+    return report(settings, run(settings), table)
 
 
 if __name__ == "__main__":

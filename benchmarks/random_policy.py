@@ -5,6 +5,7 @@ Nothing is downloaded.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -101,6 +102,18 @@ def random_completions(name: str, model: Any, group_size: int, length: int) -> t
     to = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     return torch.randint(sizes(name)["tokenizer_size"], to, (1, group_size, length), generator=generator).to(DEVICE)
+
+
+def report(
+    settings: argparse.Namespace, found: dict[str, Any], table: Callable[[dict[str, Any]], str]
+) -> dict[str, Any]:
+    """Print what was measured, and write it to `settings.output`, with the machine, the settings and the policy."""
+    shown = {name: value for name, value in vars(settings).items() if name != "output"}
+    results = {"machine": machine(), "settings": shown, "policy": sizes(settings.policy), **found}
+    print(table(results))
+    if settings.output is not None:
+        settings.output.write_text(json.dumps(results, indent=2) + "\n")
+    return results
 
 
 def now() -> float:

@@ -14,7 +14,6 @@ timed alone, with a vocabulary of 151,936 tokens: ours (log-probs included) besi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_policy import DEVICE, build, load, machine, now, prompts_of, seconds, sizes
+from random_policy import DEVICE, build, load, now, prompts_of, report, seconds, sizes
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -239,12 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     settings = parse(arguments)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    shown = {name: value for name, value in vars(settings).items() if name != "output"}
-    results = {"machine": machine(), "settings": shown, "policy": sizes(settings.policy), **run(settings)}
-    print(table(results))
-    if settings.output is not None:
-        settings.output.write_text(json.dumps(results, indent=2) + "\n")
-    return results
+    return report(settings, run(settings), table)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ a token, in every route.) `plain` is left out ("-") where its rows hold more tok
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_policy import DEVICE, build, load, machine, prompts_of, random_completions, seconds, sizes
+from random_policy import DEVICE, build, load, prompts_of, random_completions, report, seconds
 
 from rft_lightning.policy.shared_prefix import group_logprobs
 from rft_lightning.sample import PromptBatch
@@ -147,12 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     settings = parse(arguments)
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    shown = {name: value for name, value in vars(settings).items() if name != "output"}
-    results = {"machine": machine(), "settings": shown, "policy": sizes(settings.policy), **run(settings)}
-    print(table(results))
-    if settings.output is not None:
-        settings.output.write_text(json.dumps(results, indent=2) + "\n")
-    return results
+    return report(settings, run(settings), table)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def run_facts(module: Any) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "config": module.run_configuration,
-        "before": runs_of(module.checkpoint),
+        "before": module.runs_before,
         "rows": _rows(getattr(trainer, "datamodule", None)),
         "metrics": metrics,
     }

@@ -16,7 +16,7 @@ from rft_lightning.collectives import anywhere
 from rft_lightning.device_memory import halving, out_of_memory_as
 from rft_lightning.errors import ConfigConflictError
 from rft_lightning.evaluation.voting import Voting
-from rft_lightning.model_card import configuration, run_facts
+from rft_lightning.model_card import configuration, run_facts, runs_of
 from rft_lightning.optimiser_steps import OptimiserSteps
 from rft_lightning.policy.loading import load_policy, load_processor
 from rft_lightning.policy.rollout import ENGINES, sample_groups
@@ -131,6 +131,8 @@ class PolicyModule(OptimiserSteps):
         self.voting = Voting()
         # Whether the weights may be others than those of `checkpoint`, or of the last one that was loaded.
         self.trained_here = False
+        # What made the policy that training started from.
+        self.runs_before: list[dict[str, Any]] = []
         # Completions per prompt -> prompts at a time for which the device's memory was enough, once it was not.
         self._fitting: dict[int, int] = {}
         self.seed = run_seed(seed)
@@ -144,6 +146,8 @@ class PolicyModule(OptimiserSteps):
         self._settle_layout()
         self._check_max_steps()
         self.trained_here = True
+        # Once, and before anything is trained: the folder may be gone, or another one, when a checkpoint is saved.
+        self.runs_before = runs_of(self.checkpoint)
 
     def _settle_layout(self) -> None:
         """Before any log-prob is used: see :func:`settle_layout`."""

@@ -55,7 +55,8 @@ def test_objects_of_python_say_what_a_configuration_would(tmp_path):
     assert found["model"]["init_args"]["max_completion_length"] == 4
     assert found["data"]["init_args"]["test_size"] == 8
     assert "Where is {category}?" in json.dumps(found["data"]["init_args"]["tasks"])
-    assert found["trainer"] == {"precision": "32-true", "dtype": "float32"}
+    assert found["model"]["init_args"]["dtype_name"] == "float32"
+    assert found["trainer"] == {"precision": "32-true"}
     json.dumps(found)
 
 
@@ -258,6 +259,22 @@ def test_an_export_knows_the_steps_that_were_done_and_all_that_came_before(tmp_p
     assert facts["before"] == [
         {"method": "SFT", "steps": 2, "tuning": "lora", "thought": False, "prompts_per_step": 8}
     ]  # fmt: skip
+
+
+def test_what_came_before_is_read_before_training(tiny_policy, tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(tiny_policy, folder)
+    facts = exported(tmp_path / "facts", "SFTModule", POLICY, 2)
+    for name in ("rft_run.json", "rft_config.yaml"):
+        shutil.copy(facts / name, folder)
+    settings = {"max_completion_length": 4, "optimizer": partial(torch.optim.SGD, lr=1e-3)}
+    trainer = trainer_of(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(SFTModule(str(folder), **settings), shapes())
+    (folder / "rft_run.json").unlink()
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    assert [run["steps"] for run in history(str(folder), str(tmp_path / "one.ckpt"))] == [2, 1]
+    with pytest.raises(CheckpointError, match="does not say what trained it"):
+        trainer_of(tmp_path, max_steps=1, limit_val_batches=0).fit(SFTModule(str(folder), **settings), shapes())
 
 
 def test_trainings_that_differ_are_told_apart_and_seeds_are_not(tmp_path):

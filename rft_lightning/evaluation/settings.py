@@ -15,7 +15,10 @@ from rft_lightning.evaluation.voting import Voting
 # How the work is cut and where the data lies; the questions themselves are compared by their ids.
 _NOT_OF_ANSWERS = {"root", "image_root", "num_workers", "batch_size", "eval_batch_size", "oversample"}
 # Attributes that are no settings.
-_STATE = {"trainer", "policy", "processor", "voting", "workload", "layout", "trained_here", "collate", "training"}
+_STATE = {
+    "trainer", "policy", "processor", "voting", "workload", "layout", "trained_here", "runs_before", "collate",
+    "training",
+}  # fmt: skip
 
 
 def settings_of(
@@ -62,9 +65,7 @@ def settings_of(
 
 def configured(trainer: Any, model: Any, datamodule: Any) -> dict[str, Any]:
     """What a configuration would say of objects that were made in Python, as far as they keep what they were given."""
-    seed = getattr(model, "seed", None)
-    precision = {"precision": str(trainer.precision), "dtype": getattr(model, "dtype_name", None)}
-    return {"seed_everything": seed, "trainer": precision, "model": _kept(model), "data": _kept(datamodule)}
+    return {"trainer": {"precision": str(trainer.precision)}, "model": _kept(model), "data": _kept(datamodule)}
 
 
 def _kept(value: Any) -> Any:
